@@ -6,7 +6,10 @@ so that no message ever carries a size.
 
 from __future__ import annotations
 
-__all__ = ["default_micro_batch", "round_up", "split_range"]
+from bisect import bisect_left
+from collections.abc import Sequence
+
+__all__ = ["default_micro_batch", "round_up", "split_blocks", "split_range"]
 
 
 def split_range(total: int, parts: int, index: int) -> tuple[int, int]:
@@ -17,6 +20,20 @@ def split_range(total: int, parts: int, index: int) -> tuple[int, int]:
     assert parts > 0, f"cannot split among {parts} parts"
     assert 0 <= index < parts, f"part {index} of {parts} does not exist"
     return total * index // parts, total * (index + 1) // parts
+
+
+def split_blocks(
+    blocks: Sequence[tuple[int, int]], size: int, parts: int, index: int
+) -> tuple[int, int, int, int]:
+    """Return `(first, last, low, high)`: the blocks and the elements of part `index` of a vector.
+
+    `blocks` are ordered element ranges of a vector of `size` elements; gaps between them (padding) go to the
+    part on their left.  A part takes whole blocks, about `size / parts` elements; it may be empty.
+    """
+    starts = [start for start, _ in blocks]
+    first, last = (bisect_left(starts, size * part / parts) for part in (index, index + 1))
+    edges = [0, *starts[1:], size]
+    return first, last, edges[first], edges[last]
 
 
 def round_up(value: int, multiple: int) -> int:

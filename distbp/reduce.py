@@ -27,7 +27,8 @@ A transport moves the arrays and never looks inside.  Any path gives the bits of
 everything itself; `tests/test_reduce.py` holds this against a recursive definition for all small M and W.
 
 Rejected: adding rank by rank (bits change with the worker count), a reduction by MPI or Ray (its
-order is unspecified), exact summation by wide accumulators (3 to 10 x the memory traffic, and backprop itself already rounds).
+order is unspecified), exact summation by wide accumulators (3 to 10 x the memory traffic, and backprop itself
+already rounds).
 """
 
 from __future__ import annotations

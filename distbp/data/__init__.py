@@ -1,1 +1,35 @@
-"""Placeholder."""
+"""Data: from a path to arrays (`load`), to training data (`prepare`), in a defined order (`Order`).
+
+`load.py` lists the formats.  A new one is a module with `matches` and `read` (see `base.py`) and a line
+there; the tests of the contract then run over it by themselves.
+"""
+
+from distbp.data.base import Dataset, Request, Source, Sources
+from distbp.data.fingerprint import fingerprint
+from distbp.data.load import BUILT_INS, SOURCES, load
+from distbp.data.memory import ArrayDataset
+from distbp.data.order import Order, permute
+from distbp.data.prepare import Prepared, prepare
+from distbp.data.preprocessing import Preprocessing
+from distbp.data.shared import attach, pack
+from distbp.data.split import split
+
+__all__ = [
+    "BUILT_INS",
+    "SOURCES",
+    "ArrayDataset",
+    "Dataset",
+    "Order",
+    "Prepared",
+    "Preprocessing",
+    "Request",
+    "Source",
+    "Sources",
+    "attach",
+    "fingerprint",
+    "load",
+    "pack",
+    "permute",
+    "prepare",
+    "split",
+]

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""What a run tells about itself: records, progress, and later reports."""

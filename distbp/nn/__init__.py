@@ -1,1 +1,55 @@
-"""Placeholder."""
+"""The mathematics of stacked micro-batches: layers, losses, initial values, models, the gradient check.
+
+Knows neither rank nor optimizer nor how gradients are added; layer.py holds the contract.
+"""
+
+from __future__ import annotations
+
+from distbp.nn.activations import GELU, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from distbp.nn.blocks import Parallel, Residual, Sequential
+from distbp.nn.gradient_check import Report, check_gradient
+from distbp.nn.layer import Array, Context, Initial, Layer, Leaf, Parameter, Shape, Sink
+from distbp.nn.layout import Layout, arrange
+from distbp.nn.linear import Linear
+from distbp.nn.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy, Sums
+from distbp.nn.models import ACTIVATIONS, LOSSES, MODELS, build_loss, build_model, linear, mlp
+from distbp.nn.network import Network
+from distbp.nn.shape import Flatten
+
+__all__ = [
+    "ACTIVATIONS",
+    "GELU",
+    "LOSSES",
+    "MODELS",
+    "Array",
+    "Context",
+    "Flatten",
+    "Initial",
+    "Layer",
+    "Layout",
+    "Leaf",
+    "LeakyReLU",
+    "Linear",
+    "Loss",
+    "MeanSquaredError",
+    "Network",
+    "Parallel",
+    "Parameter",
+    "ReLU",
+    "Report",
+    "Residual",
+    "Sequential",
+    "Shape",
+    "Sigmoid",
+    "Sink",
+    "Softmax",
+    "SoftmaxCrossEntropy",
+    "Sums",
+    "Tanh",
+    "arrange",
+    "build_loss",
+    "build_model",
+    "check_gradient",
+    "linear",
+    "mlp",
+]

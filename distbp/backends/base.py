@@ -1,0 +1,157 @@
+"""The contract of a backend: who starts the workers, and how a worker finds its place.
+
+A backend has two sides.  The *launching side* starts processes, watches them and carries out what
+`coordinator.decide` says; it is a function of its own in each backend's file, because a launcher, a Ray driver
+and an `mpirun` have little in common.  The *worker's side* is a `Membership`: the one thing that the training
+code sees.  It is the same for every backend, so the worker's loop is the same.
+
+A call of `fit` goes like this on every worker:
+
+    seat = membership.join(plan)       all meet, plans are compared; a finished call returns its result
+    seat.gate()                        wait, parked, until the coordinator lets everybody begin an attempt
+    ... train ...                      on `Parked` back to the gate
+    membership.finish(seat, result)    rank 0 hands in the result, everybody gets it
+
+This file holds no logic of a backend's own: the shapes that cross the border, and arithmetic on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from distbp.arena import Arena, ArenaLayout
+from distbp.partition import split_range
+from distbp.reduce import aligned_blocks
+from distbp.transports.base import Transport
+
+__all__ = ["Admission", "CallFinished", "Membership", "Plan", "Seat", "host_layout", "host_ranks"]
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What one call of `fit` intends; all workers must bring the same one.
+
+    `identity` holds whatever decides about bits (model, data, batch, seed, optimizer ...): it is compared
+    between workers before step 1 and with a checkpoint at resume.  `free` may differ between two starts of
+    a run, but not between workers.  The rest are sizes of the arena and where the run lies.
+    """
+
+    name: str
+    out: str | None
+    resume: str
+    identity: dict[str, Any]
+    free: dict[str, Any]
+    micro_batches: int
+    total_steps: int
+    size: int
+    vectors: tuple[str, ...]
+    sums: int
+    evaluation_rows: int
+    tail: int
+    scalars: int
+    max_restarts: int = 10
+    config_toml: str = ""
+    environment: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What the keeper of the job found in the run directory: where it lies, and what to begin from."""
+
+    out: Path
+    restore: Path | None
+    start: int
+    result: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A worker's place in one call of `fit`.
+
+    `host_sizes[h]` counts the workers of host h; workers are numbered host by host.  `gate` waits parked and
+    returns the attempt; `connect(attempt)` opens this worker's transport, None if it owns no lane or there is
+    one host; `report` sends a record to whoever keeps the job.
+    """
+
+    rank: int
+    host_sizes: tuple[int, ...]
+    arena: Arena
+    admission: Admission
+    gate: Callable[[], int]
+    connect: Callable[[int], Transport | None]
+    report: Callable[[dict[str, Any]], None]
+
+    @property
+    def size(self) -> int:
+        """Return the number of workers."""
+        return sum(self.host_sizes)
+
+    @property
+    def host(self) -> int:
+        """Return the number of this worker's host."""
+        return next(host for host in range(len(self.host_sizes)) if self.rank in host_ranks(self.host_sizes, host))
+
+    @property
+    def local_rank(self) -> int:
+        """Return this worker's number on its host."""
+        return self.rank - host_ranks(self.host_sizes, self.host).start
+
+    @property
+    def lanes(self) -> int:
+        """Return the number of lanes: the workers of the smallest host."""
+        return min(self.host_sizes)
+
+
+class Membership(Protocol):
+    """The worker's side of a backend."""
+
+    @property
+    def backend(self) -> str:
+        """Return the backend's name."""
+
+    @property
+    def rank(self) -> int:
+        """Return this worker's number."""
+
+    @property
+    def size(self) -> int:
+        """Return the number of workers."""
+
+    def join(self, plan: Plan) -> Seat | dict[str, Any]:
+        """Meet the others for the next call of `fit`; return the result if that call is already finished."""
+
+    def finish(self, seat: Seat, result: dict[str, Any] | None) -> dict[str, Any]:
+        """End the call: rank 0 brings the result, everybody returns it."""
+
+
+class CallFinished(Exception):
+    """A worker came to the gate of a call that is already over; carries the recorded result."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        super().__init__("the call is already finished")
+        self.result = result
+
+
+def host_ranks(host_sizes: tuple[int, ...], host: int) -> range:
+    """Return the ranks of a host's workers: hosts follow each other, so a host's micro-batches do too."""
+    first = sum(host_sizes[:host])
+    return range(first, first + host_sizes[host])
+
+
+def host_layout(plan: Plan, host_sizes: tuple[int, ...], host: int) -> ArenaLayout:
+    """Return the layout of the arena of one host."""
+    size = sum(host_sizes)
+    ranges = [split_range(plan.micro_batches, size, rank) for rank in host_ranks(host_sizes, host)]
+    return ArenaLayout(
+        size=plan.size,
+        vectors=plan.vectors,
+        blocks=tuple(len(aligned_blocks(start, stop)) for start, stop in ranges),
+        sums=plan.sums,
+        evaluation_rows=plan.evaluation_rows,
+        tail=plan.tail,
+        scalars=plan.scalars,
+    )

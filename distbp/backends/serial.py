@@ -1,0 +1,88 @@
+"""One worker, in the process that called `fit`: needs nothing but NumPy, on any system.
+
+There is nobody to lose and nobody to wait for, so the gate opens at once.  SIGUSR1, SIGTERM and Ctrl-C ask
+the running call to stop after its step; the handlers stand only while `fit` runs.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from distbp.arena import Arena
+from distbp.backends.base import Plan, Seat, host_layout
+from distbp.run_directory import RunDirectory
+
+__all__ = ["SerialMembership"]
+
+
+class SerialMembership:
+    """The membership of the only worker."""
+
+    backend = "serial"
+    rank = 0
+    size = 1
+
+    def __init__(self) -> None:
+        self.stop_signal = 0
+        self._run: RunDirectory | None = None
+        self._previous: dict[int, Any] = {}
+        self._began = 0.0
+
+    def join(self, plan: Plan) -> Seat | dict[str, Any]:
+        """Open the run directory and take the only seat."""
+        self._began = time.monotonic()
+        self._run = RunDirectory.open(plan.out, plan.name)
+        admission = self._run.admit(plan)
+        if admission.result is not None:
+            self.close()
+            return admission.result
+        arena = Arena.create(host_layout(plan, (1,), 0), rank=0)
+
+        def gate() -> int:
+            arena.park()
+            arena.release()
+            return arena.wait_for_release(lambda attempt: None, deadline_s=10.0)
+
+        self._listen(arena)
+        return Seat(0, (1,), arena, admission, gate, lambda attempt: None, self._run.event)
+
+    def finish(self, seat: Seat, result: dict[str, Any] | None) -> dict[str, Any]:
+        """Write the result down and give it back."""
+        assert result is not None, "the only worker has the result"
+        assert self._run is not None, "finish follows join"
+        result |= {"wall_seconds": time.monotonic() - self._began, "restarts": 0, "steps_redone": 0}
+        result["exit_code"] = self.exit_code(result["exit_code"])
+        self._run.write_result(result)
+        self.close()
+        return result
+
+    def exit_code(self, code: int) -> int:
+        """Return 130 instead of 75 if it was Ctrl-C that stopped the run."""
+        return 130 if code == 75 and self.stop_signal == signal.SIGINT else code
+
+    def close(self) -> None:
+        """Give back the signals and the run directory; idempotent."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    def _listen(self, arena: Arena) -> None:
+        """Turn the first stop signal into a request; a second one acts as it did before `fit`."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.stop_signal = number
+            arena.request_stop()
+            for other, handler in self._previous.items():
+                signal.signal(other, signal.SIG_DFL if handler is None else handler)
+
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, stop)

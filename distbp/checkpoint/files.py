@@ -1,0 +1,207 @@
+"""Files that are durable when written and checked when read: the only place that opens a descriptor.
+
+Writing creates new files only (`O_EXCL`), readable by the owner alone, and ends with fsync.  Reading refuses
+symbolic links, pipes and devices, and computes both checksums over the bytes on their way into the caller's
+buffer.  Names are relative to an open folder, so that nobody can exchange a path component in between.
+
+It knows nothing of what is in the files.  mmap was rejected: a mapped file that shrinks is SIGBUS.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from distbp.checkpoint.manifest import FileRecord
+from distbp.errors import CheckpointError, InputMissing
+
+__all__ = ["CheckedFile", "Checksums", "error_name", "open_folder", "sync_folder", "write_file"]
+
+BLOCK_BYTES = (
+    4 << 20
+)  # Large enough that system calls cost nothing, small enough to be hashed while in cache.
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Without O_NONBLOCK the open of a named pipe would wait for a writer for ever.
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Checksums:
+    """The running size, CRC-32 and (unless `only_crc`) SHA-256 of a stream of bytes."""
+
+    def __init__(self, *, only_crc: bool = False) -> None:
+        self._size = 0
+        self._crc32 = 0
+        self._sha256 = None if only_crc else hashlib.sha256()
+
+    def update(self, block: memoryview | bytes) -> None:
+        """Take in the next bytes; both functions release the interpreter for large blocks."""
+        self._size += len(block)
+        self._crc32 = zlib.crc32(block, self._crc32)
+        if self._sha256 is not None:
+            self._sha256.update(block)
+
+    def record(self) -> FileRecord:
+        """Return what was seen so far; only with both checksums."""
+        assert self._sha256 is not None, "a record needs the SHA-256, which was not computed"
+        return FileRecord(self._size, self._crc32, self._sha256.hexdigest())
+
+    def problem(self, expected: FileRecord) -> str:
+        """Return which checksum differs from `expected`; "" if none does."""
+        if self._size != expected.size:
+            return f"expected {expected.size} bytes, found {self._size}"
+        if self._crc32 != expected.crc32:
+            return f"expected CRC-32 {expected.crc32:08x}, found {self._crc32:08x}: the content was damaged"
+        if self._sha256 is not None and self._sha256.hexdigest() != expected.sha256:
+            return f"expected SHA-256 {expected.sha256}, found {self._sha256.hexdigest()}: it was changed"
+        return ""
+
+
+def error_name(error: OSError) -> str:
+    """Return an operating system error as "ENOSPC (No space left on device)"."""
+    number = error.errno or 0
+    return f"{errno.errorcode.get(number, f'errno {number}')} ({os.strerror(number)})"
+
+
+@contextmanager
+def open_folder(path: Path) -> Iterator[int]:
+    """Open the folder `path`, itself not a symbolic link, for use as `folder`."""
+    try:
+        folder = os.open(path, _FOLDER_FLAGS)
+    except FileNotFoundError as error:
+        raise InputMissing(f"{path}: expected a checkpoint folder, found nothing: check the path") from error
+    except OSError as error:
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: is a symbolic link: name the folder it points to") from error
+        raise CheckpointError(f"{path}: expected a readable folder: {error_name(error)}") from error
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in the folder `path` durable; OSError if the disk refuses.
+
+    Here a symbolic link is followed: a run directory that points to a scratch disk is common, and nothing is
+    read.
+    """
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_file(
+    folder: Path, name: str, pieces: Iterable[memoryview | bytes], wrote: Callable[[int], None]
+) -> FileRecord:
+    """Write `pieces` to the new file `name`, make it durable, and return its record.
+
+    `wrote` is told the number of bytes after each block.  On OSError the file is half written and the
+    descriptor closed: it must be removed, never synced again.
+    """
+    checksums = Checksums()
+    descriptor = os.open(folder / name, _WRITE_FLAGS, 0o600)
+    try:
+        for piece in pieces:
+            view = memoryview(piece)
+            for start in range(0, len(view), BLOCK_BYTES):
+                block = view[start : start + BLOCK_BYTES]
+                checksums.update(block)
+                _write_all(descriptor, block)
+                wrote(len(block))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return checksums.record()
+
+
+def _write_all(descriptor: int, block: memoryview) -> None:
+    """Write the whole block; the system may take less than it was given at a time."""
+    while block:
+        block = block[os.write(descriptor, block) :]
+
+
+class CheckedFile:
+    """A regular file that is read once, from front to back, under running checksums; a context manager.
+
+    Every OSError and every short read becomes a CheckpointError that begins with the name.
+    """
+
+    def __init__(self, folder: int, name: str, *, only_crc: bool = False) -> None:
+        self.name = name
+        self._checksums = Checksums(only_crc=only_crc)
+        self._position = 0
+        try:
+            self._descriptor = os.open(name, _READ_FLAGS, dir_fd=folder)
+        except OSError as error:
+            raise CheckpointError(f"{name}: {_why_not_opened(error)}") from error
+        status = os.fstat(self._descriptor)
+        self.size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise CheckpointError(f"{name}: expected a regular file, found a folder, pipe or device")
+
+    def __enter__(self) -> CheckedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def read(self, count: int) -> bytes:
+        """Return the next `count` bytes; if the file has not as many, nothing is allocated."""
+        if count > self.size - self._position:
+            raise self._too_short(count)
+        buffer = bytearray(count)
+        self.read_into(memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view`, a flat view of bytes, with the next bytes of the file."""
+        filled = 0
+        while filled < len(view):
+            block = view[filled : filled + BLOCK_BYTES]
+            try:
+                count = os.preadv(self._descriptor, [block], self._position)
+            except OSError as error:
+                raise CheckpointError(f"{self.name}: cannot be read: {error_name(error)}") from error
+            if count == 0:
+                raise self._too_short(len(view) - filled)
+            self._checksums.update(block[:count])
+            self._position += count
+            filled += count
+
+    def problem(self, expected: FileRecord) -> str:
+        """Return what differs between the bytes read so far and `expected`; "" if nothing does."""
+        return self._checksums.problem(expected)
+
+    def _too_short(self, wanted: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name}: expected {wanted} more bytes after byte {self._position}, the file ends before: "
+            "it was truncated"
+        )
+
+
+def _why_not_opened(error: OSError) -> str:
+    """Return the reason in the words of this module."""
+    if error.errno == errno.ENOENT:
+        return "is missing"
+    if error.errno == errno.ELOOP:
+        return "is a symbolic link, and only regular files are read"
+    return f"cannot be opened: {error_name(error)}"

@@ -1,0 +1,209 @@
+"""The keys of a run's configuration: name, type, range, default, and one line that explains each.
+
+The structs below are the only place where a key is written down.  The checker, the JSON schema,
+`distbp config init` and `distbp help config` all read them at run time, so a new key is one annotated line.
+
+This file knows nothing of files, flags or messages (`config_read.py`, `config_check.py`), and nothing of
+the parts that use the values: `nn` and `optim` carry their own tables of names, and a test holds the choices
+below against them.  The choices are spelled out because importing those tables would import NumPy, which
+`distbp --help` must not pay for.
+
+Lists are tuples: a configuration is hashed, compared and shared, so nobody may change it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+__all__ = ["Checkpoint", "Config", "Data", "Loss", "Model", "Optimizer", "Run", "Schedule", "Train"]
+
+# Upper limits are far above any sensible run; they exist so that a slip such as 10^9 layers is refused at
+# once and not found by the memory allocator.
+_COUNT_LIMIT = 10**9
+_WIDTH_LIMIT = 1_000_000
+_LAYER_LIMIT = 1_000
+_CLASS_LIMIT = 10_000
+_WORKER_LIMIT = 65_536
+_SECONDS_LIMIT = 10**9
+
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=1, le=_COUNT_LIMIT)]
+CountOrZero = Annotated[int, Meta(ge=0, le=_COUNT_LIMIT)]
+Width = Annotated[int, Meta(ge=1, le=_WIDTH_LIMIT)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+Seconds = Annotated[float, Meta(gt=0, le=_SECONDS_LIMIT)]
+Text = Annotated[str, Meta(min_length=1)]
+
+
+class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which samples, and what is done to them before the first step."""
+
+    path: Annotated[str, Meta(description="file, directory or built-in name of the data set")] = ""
+    target: Annotated[
+        Text | None, Meta(description="column of a table that is to be predicted; none: the last one")
+    ] = None
+    validation: Annotated[
+        Text | None, Meta(description="data set to validate on; it takes the place of validation_fraction")
+    ] = None
+    validation_fraction: Annotated[
+        BelowOne, Meta(description="share of the samples kept for validation; 0: no validation")
+    ] = 0.1
+    split: Annotated[
+        Literal["random", "tail"],
+        Meta(description="which samples are kept for validation: drawn by the seed, or the last ones"),
+    ] = "random"
+    normalize: Annotated[
+        Literal["auto", "none", "global", "feature"],
+        Meta(
+            description="one mean and deviation for all (global) or one per feature; auto: global for images"
+        ),
+    ] = "auto"
+
+
+class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The function that is trained."""
+
+    name: Annotated[Literal["linear", "mlp"], Meta(description="architecture")] = "mlp"
+    hidden: Annotated[
+        tuple[Width, ...], Meta(max_length=_LAYER_LIMIT, description="widths of the hidden layers of an mlp")
+    ] = (256, 128)
+    activation: Annotated[
+        Literal["gelu", "leaky_relu", "relu", "sigmoid", "tanh"],
+        Meta(description="function between the layers"),
+    ] = "relu"
+
+
+class Loss(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is made small."""
+
+    name: Annotated[
+        Literal["auto", "cross_entropy", "mean_squared_error"],
+        Meta(description="auto: cross entropy for classes, mean squared error for numbers"),
+    ] = "auto"
+    label_smoothing: Annotated[
+        BelowOne, Meta(description="share of the target spread evenly over all classes (cross entropy only)")
+    ] = 0.0
+    class_weights: Annotated[
+        Annotated[tuple[NotNegative, ...], Meta(min_length=1, max_length=_CLASS_LIMIT)] | None,
+        Meta(description="weight of each class in the loss (cross entropy only); none: all 1"),
+    ] = None
+
+
+class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the mean gradient changes the parameters."""
+
+    name: Annotated[Literal["sgd"], Meta(description="update rule")] = "sgd"
+    lr: Annotated[Positive, Meta(description="learning rate at the peak of the schedule")] = 0.1
+    momentum: Annotated[BelowOne, Meta(description="share of the last velocity that is kept; 0: none")] = 0.9
+    nesterov: Annotated[bool, Meta(description="look ahead along the velocity; needs momentum")] = False
+    weight_decay: Annotated[
+        NotNegative, Meta(description="factor of the parameters added to the gradient")
+    ] = 0.0
+    clip_norm: Annotated[
+        Positive | None,
+        Meta(description="largest norm of the mean gradient; longer ones are shortened to it"),
+    ] = None
+
+
+class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the learning rate changes with the step."""
+
+    name: Annotated[
+        Literal["constant", "cosine", "one_cycle", "polynomial", "step"],
+        Meta(description="shape of the learning rate after the warm-up"),
+    ] = "cosine"
+    warmup_steps: Annotated[
+        CountOrZero, Meta(description="steps during which the learning rate rises linearly to lr")
+    ] = 0
+    step_size: Annotated[Count, Meta(description="step: number of steps between two reductions")] = 1000
+    gamma: Annotated[float, Meta(gt=0, le=1, description="step: factor of each reduction")] = 0.1
+    final_fraction: Annotated[
+        Fraction, Meta(description="cosine, polynomial, one_cycle: last learning rate as a share of lr")
+    ] = 0.0
+    power: Annotated[Positive, Meta(description="polynomial: exponent; 1 is a straight line")] = 1.0
+    initial_fraction: Annotated[
+        Fraction, Meta(description="one_cycle: first learning rate as a share of lr")
+    ] = 0.04
+    rise_fraction: Annotated[BelowOne, Meta(description="one_cycle: share of the steps spent rising")] = 0.3
+
+
+class Train(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long, and in what portions."""
+
+    epochs: Annotated[Count, Meta(description="passes over the training samples")] = 20
+    max_steps: Annotated[Count | None, Meta(description="stop after this many steps, whatever the epoch")] = (
+        None
+    )
+    batch_size: Annotated[Count, Meta(description="samples of one step, over all workers together")] = 64
+    micro_batch: Annotated[
+        Count | None,
+        Meta(description="samples computed at once; divides batch_size; none: batch_size / k, k at most 8"),
+    ] = None
+
+
+class Checkpoint(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When the state is made durable, and how much of it is kept."""
+
+    every_steps: Annotated[Count | None, Meta(description="steps between two checkpoints")] = None
+    every_seconds: Annotated[
+        Seconds | None,
+        Meta(description="seconds between two checkpoints, if every_steps does not save before"),
+    ] = 60.0
+    keep: Annotated[
+        int,
+        Meta(ge=2, le=_COUNT_LIMIT, description="newest checkpoints kept; two, so that one may be damaged"),
+    ] = 3
+
+
+class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where it runs and what is written down; nothing here but `threads` changes the numbers."""
+
+    backend: Annotated[
+        Literal["auto", "serial", "local", "mpi", "ray"],
+        Meta(description="who starts the workers; auto: mpi under mpirun or srun, else local"),
+    ] = "auto"
+    nproc: Annotated[
+        Annotated[int, Meta(ge=1, le=_WORKER_LIMIT)] | None,
+        Meta(description="number of workers; none: one per core, at most batch_size / micro_batch"),
+    ] = None
+    threads: Annotated[
+        int, Meta(ge=1, le=1024, description="BLAS threads of each worker; part of the run's identity")
+    ] = 1
+    out: Annotated[Text | None, Meta(description="run directory; none: runs/DATA-MODEL-DATE-TIME")] = None
+    resume: Annotated[
+        str,
+        Meta(min_length=1, description="auto: go on where --out stopped; never: start anew; or a checkpoint"),
+    ] = "auto"
+    max_restarts: Annotated[
+        int, Meta(ge=0, le=1_000_000, description="restarts without progress before the job is given up")
+    ] = 10
+    join_timeout_s: Annotated[
+        Seconds, Meta(description="seconds to wait at the start for every worker to appear")
+    ] = 30.0
+    verify_every: Annotated[
+        CountOrZero, Meta(description="steps between two checks of the state in memory; 0: never")
+    ] = 100
+    log_samples: Annotated[
+        bool, Meta(description="write the sample numbers of every step to samples.log")
+    ] = False
+
+
+class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that describes a run."""
+
+    seed: Annotated[
+        Seed, Meta(description="selects initial weights, sample order, validation split and augmentation")
+    ] = 0
+    data: Data = Data()
+    model: Model = Model()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    run: Run = Run()

@@ -1,0 +1,258 @@
+"""The coordinator: decides who is in, which step comes next, and what to do about a loss.  Pure: no I/O.
+
+`decide(state, event)` returns the next state and the actions to carry out, in order.  A backend turns what
+it sees into events and carries the actions out; the same function serves every backend, and the tests drive
+it through every interleaving of small jobs (`tests/test_recovery_model.py`).
+
+The one rule of recovery
+------------------------
+1. Nobody decides alone.  On a loss the coordinator announces a new *attempt* (`Park`); whoever waits, in the
+   barrier or in a transport, leaves only into the parked state and says so (`Parked`).
+2. When every worker is parked in the same attempt, the replacements of the lost ones included, nobody is
+   running and nobody lost can still write: a backend reports `Lost` only for a process that is known to be
+   dead.  Only then are the committed-step words read (`ReadWords`, answered by `Words`).
+3. Everyone goes to the LEAST committed step of the hosts that hold one.  A host that is one ahead lowers its
+   word and turns back to its other generation, which is still whole: it is not written before an exchange
+   that needs every host.  No host can be two ahead.
+4. A host that holds nothing gets the state from one that does (`Release.source`) and stores its word last.
+   If nobody holds anything, the workers load the newest verified checkpoint, or begin.
+5. Any event may interrupt this: a second loss announces the next attempt and the rule starts again.
+
+Why not let each worker look at the committed-step word by itself: the writer may die between the barrier and
+the store, and then one survivor reads "committed" before another worker's replacement reads "not committed".
+
+Restarts are counted by progress: `max_restarts` losses without `GOOD_STEPS` steps or a new checkpoint in
+between, or the same worker dying three times in the same step, end the job with 70.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from distbp.arena import EMPTY
+
+__all__ = [
+    "GOOD_STEPS",
+    "Action",
+    "End",
+    "Event",
+    "Failed",
+    "Left",
+    "Lost",
+    "Park",
+    "Parked",
+    "ReadWords",
+    "Release",
+    "SetWord",
+    "Start",
+    "State",
+    "Words",
+    "decide",
+]
+
+GOOD_STEPS = 20
+"""So many steps after a restart show that the cause is gone, and its count begins anew."""
+
+_SAME_STEP_LIMIT = 3
+
+
+@dataclass(frozen=True)
+class Parked:
+    """Event: worker `rank` waits in the parked state of `attempt`."""
+
+    rank: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Event: the process of `rank` is dead and did not say goodbye.
+
+    `step` is the highest committed step seen and `saved` the newest durable checkpoint, for the budget only.
+    """
+
+    rank: int
+    cause: str
+    step: int = EMPTY
+    saved: int = EMPTY
+
+
+@dataclass(frozen=True)
+class Words:
+    """Event: the committed-step word of every host, read while everybody was parked in `attempt`."""
+
+    attempt: int
+    held: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Event: worker `rank` reports an error that running again would meet again."""
+
+    rank: int
+    exit_code: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """Event: worker `rank` said goodbye with `exit_code` (0, or 75 after a requested stop)."""
+
+    rank: int
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Park:
+    """Action: announce `attempt` on every host and end every wait in a transport."""
+
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """Action: start a replacement for `rank`."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class ReadWords:
+    """Action: read the committed-step word of every host and answer with `Words(attempt, ...)`."""
+
+    attempt: int
+
+
+@dataclass(frozen=True)
+class SetWord:
+    """Action: store `step` in the committed-step word of `host`."""
+
+    host: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """Action: set the barriers to zero and let everybody begin `attempt`.
+
+    `source` is the host that gives its state to those that hold none; `EMPTY` when all hold it, or none.
+    """
+
+    attempt: int
+    source: int = EMPTY
+
+
+@dataclass(frozen=True)
+class End:
+    """Action: end the job with `exit_code`; stop whoever still runs."""
+
+    exit_code: int
+    message: str = ""
+
+
+Event = Parked | Lost | Words | Failed | Left
+Action = Park | Start | ReadWords | SetWord | Release | End
+
+
+@dataclass(frozen=True)
+class State:
+    """What the coordinator knows.  `hosts[rank]` is the host of each worker; worker count never changes."""
+
+    hosts: tuple[int, ...]
+    max_restarts: int = 10
+    attempt: int = 1
+    parked: frozenset[int] = frozenset()
+    left: frozenset[int] = frozenset()
+    restarts: int = 0
+    restarts_without_progress: int = 0
+    progress_mark: tuple[int, int] = (EMPTY, EMPTY)
+    deaths: tuple[tuple[int, int], ...] = ()
+    exit_code: int = 0
+    ended: bool = False
+
+
+def decide(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
+    """Return the state after `event` and what has to be done, in this order."""
+    if state.ended:
+        return state, ()
+    if isinstance(event, Lost):
+        return _replace_lost(state, event)
+    if isinstance(event, Parked):
+        return _note_parked(state, event)
+    if isinstance(event, Words):
+        return _agree(state, event)
+    if isinstance(event, Failed):
+        return replace(state, ended=True, exit_code=event.exit_code), (End(event.exit_code, event.message),)
+    return _note_left(state, event)
+
+
+def _replace_lost(state: State, event: Lost) -> tuple[State, tuple[Action, ...]]:
+    """Announce the next attempt and start a replacement, or give up."""
+    state = _count_restart(state, event)
+    same_step = sum(death == (event.rank, event.step) for death in state.deaths)
+    if same_step >= _SAME_STEP_LIMIT or state.restarts_without_progress > state.max_restarts:
+        times = (
+            f"{same_step} times in step {event.step}"
+            if same_step >= _SAME_STEP_LIMIT
+            else f"{state.restarts_without_progress} restarts brought no progress"
+        )
+        message = (
+            f"worker {event.rank} was lost again ({event.cause}): {times}; "
+            "look for the cause in its log before running again"
+        )
+        return replace(state, ended=True, exit_code=70), (End(70, message),)
+    attempt = state.attempt + 1
+    state = replace(state, attempt=attempt, parked=frozenset(), left=state.left - {event.rank})
+    return state, (Park(attempt), Start(event.rank))
+
+
+def _count_restart(state: State, event: Lost) -> State:
+    """Count the loss; enough steps or a new checkpoint since the last one begin the count anew."""
+    step, saved = state.progress_mark
+    progressed = event.step >= step + GOOD_STEPS or event.saved > saved
+    count = 1 if progressed and state.restarts else state.restarts_without_progress + 1
+    mark = (event.step, event.saved) if progressed or not state.restarts else state.progress_mark
+    return replace(
+        state,
+        restarts=state.restarts + 1,
+        restarts_without_progress=count,
+        progress_mark=mark,
+        deaths=(*state.deaths[-2 * _SAME_STEP_LIMIT :], (event.rank, event.step)),
+    )
+
+
+def _note_parked(state: State, event: Parked) -> tuple[State, tuple[Action, ...]]:
+    """Note a parked worker; when it was the last one, ask for the words."""
+    if event.attempt != state.attempt:
+        return state, ()
+    parked = state.parked | {event.rank}
+    state = replace(state, parked=parked)
+    everybody = len(parked) == len(state.hosts)
+    return state, (ReadWords(state.attempt),) if everybody else ()
+
+
+def _agree(state: State, event: Words) -> tuple[State, tuple[Action, ...]]:
+    """Apply rules 3 and 4: the least step that is held, given to whoever holds none."""
+    if event.attempt != state.attempt:
+        return state, ()
+    state = replace(state, parked=frozenset())
+    holding = [host for host, step in enumerate(event.held) if step != EMPTY]
+    if not holding:
+        return state, (Release(state.attempt),)
+    target = min(event.held[host] for host in holding)
+    ahead = [host for host in holding if event.held[host] > target]
+    assert all(event.held[host] == target + 1 for host in ahead), f"a host is two steps ahead: {event.held}"
+    source = next(host for host in holding)
+    needed = len(holding) < len(event.held)
+    return state, (
+        *(SetWord(host, target) for host in ahead),
+        Release(state.attempt, source if needed else EMPTY),
+    )
+
+
+def _note_left(state: State, event: Left) -> tuple[State, tuple[Action, ...]]:
+    """Note a goodbye; the last one ends the job with the highest code that was given."""
+    state = replace(state, left=state.left | {event.rank}, exit_code=max(state.exit_code, event.exit_code))
+    if len(state.left) < len(state.hosts):
+        return state, ()
+    return replace(state, ended=True), (End(state.exit_code),)

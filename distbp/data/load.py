@@ -1,0 +1,106 @@
+"""`load`: find out what a path is and hand it to the reader of its format.
+
+It knows which formats exist and how to help someone who mistyped a path; it knows nothing about any format.
+"""
+
+from __future__ import annotations
+
+import difflib
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from distbp.data import arrays, idx, table
+from distbp.data.base import Format, Request, Schema, Sources
+from distbp.data.digits import read_digits
+from distbp.errors import ConfigError, DataError, InputMissing
+
+__all__ = ["BUILT_INS", "SOURCES", "load"]
+
+# Asked in this order: formats that are recognised by content before those that are recognised by name.
+SOURCES: dict[str, Format] = {
+    "idx": Format("IDX files as MNIST has them (also .gz)", idx.matches, idx.read),
+    "arrays": Format("NumPy arrays x and y (.npz, or x.npy and y.npy)", arrays.matches, arrays.read),
+    "table": Format("tables with a header line (.csv, .tsv)", table.matches, table.read),
+}
+
+BUILT_INS: dict[str, Callable[[Request], Sources]] = {"digits": read_digits}
+
+
+def load(
+    path: str, *, target: str | None = None, schema: Schema | None = None, labelled: bool = True
+) -> Sources:
+    """Return the data set at `path`: a file, a directory, or a built-in name (`./digits` is the file).
+
+    `target` is the column of a table that holds the labels.  With `schema`, another file is read as the
+    training data were: same columns, categories, classes.  With `labelled=False` labels are neither needed
+    nor read.
+
+    Raises InputMissing if nothing is there, DataError if it cannot be used, ConfigError if `target` is wrong.
+    """
+    request = Request(Path(path), target, schema, labelled)
+    if path in BUILT_INS:
+        _refuse_target(request)
+        return BUILT_INS[path](request)
+    try:
+        kind = request.path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise InputMissing(_missing(request.path)) from error
+    except OSError as error:
+        raise InputMissing(f"{path}: expected a readable file or directory, got: {error.strerror}") from error
+    # Opening a pipe would wait for ever for a writer.
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise DataError(
+            f"{path}: expected a file or a directory, got a device or pipe; write it to a file first"
+        )
+    try:
+        return _read(request)
+    except OSError as error:
+        raise DataError(
+            f"{path}: expected to read it, got: {error}; check its permissions and disk"
+        ) from error
+
+
+def _read(request: Request) -> Sources:
+    """Return what the first format that recognises the path makes of it."""
+    if request.path.is_file() and request.path.stat().st_size == 0:
+        raise DataError(f"{request.path}: expected data, got an empty file")
+    for name, source in SOURCES.items():
+        if source.matches(request.path):
+            if name != "table":
+                _refuse_target(request)
+            return source.read(request)
+    known = "; ".join(source.description for source in SOURCES.values())
+    if request.path.is_dir():
+        names = sorted(p.name for p in request.path.iterdir())
+        listed = ", ".join(map(repr, names[:8])) + (" ..." if len(names) > 8 else "")
+        raise DataError(f"{request.path}: expected a directory with {known}; got {listed or 'an empty one'}")
+    with request.path.open("rb") as stream:
+        start = stream.read(8)
+    raise DataError(f"{request.path}: expected {known}; got a file that begins with {start!r}")
+
+
+def _refuse_target(request: Request) -> None:
+    """Raise ConfigError if a target column was named for data that have no columns."""
+    if request.target is not None:
+        raise ConfigError(
+            f"--target {request.target!r}: expected a table (.csv, .tsv) to take the column from, got "
+            f"{str(request.path)!r}, which has no columns; leave --target out"
+        )
+
+
+def _missing(path: Path) -> str:
+    """Return the message for a path that does not exist, with the names that come nearest."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"{path}: expected an existing file, but there is no directory {str(folder)!r}"
+    try:
+        present = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
+    except OSError:
+        present = []
+    near = difflib.get_close_matches(str(path), list(BUILT_INS), n=1)
+    near += [str(folder / n) for n in difflib.get_close_matches(path.name, present, n=2)]
+    hint = f"did you mean {' or '.join(map(repr, near))}?"
+    built_in = ", ".join(BUILT_INS)
+    text = f"{str(path)!r}: expected a file, a directory or a built-in name ({built_in}), found nothing"
+    return f"{text}; {hint}" if near else f"{text}; check the spelling"

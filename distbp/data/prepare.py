@@ -1,0 +1,64 @@
+"""From what was loaded to what is trained on: split, learn the normalisation, apply it to both parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbp.data.base import Source, Sources
+from distbp.data.memory import ArrayDataset
+from distbp.data.preprocessing import Preprocessing, learn
+from distbp.data.split import split
+
+__all__ = ["Prepared", "prepare"]
+
+# Samples gathered at a time, so that the normalised copy is the only large one.
+ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Training data, validation data (None if there are none), and how to treat new samples alike."""
+
+    train: ArrayDataset
+    validation: ArrayDataset | None
+    preprocessing: Preprocessing
+
+
+def prepare(
+    sources: Sources, *, validation_fraction: float, split: str, normalize: str, seed: int
+) -> Prepared:
+    """Return training and validation data as the model sees them, samples in the order of the file.
+
+    A validation set that came with the data is used whole, and `validation_fraction` then only says whether
+    validation is wanted at all (0: no).  Otherwise that fraction is held out (see `split`).  Raises
+    ConfigError if nothing would be left for training.
+    """
+    source, held_out = sources.train, sources.validation
+    fraction = 0.0 if held_out is not None and 0 <= validation_fraction < 1 else validation_fraction
+    train_indices, validation_indices = _split(source, fraction, split, seed)
+    preprocessing = learn(source, train_indices, normalize)
+    train = _dataset(source, train_indices, preprocessing)
+    if validation_fraction == 0:
+        return Prepared(train, None, preprocessing)
+    if held_out is not None:
+        everything = np.arange(len(held_out.x), dtype=np.int64)
+        return Prepared(train, _dataset(held_out, everything, preprocessing), preprocessing)
+    return Prepared(train, _dataset(source, validation_indices, preprocessing), preprocessing)
+
+
+# The keyword `split` of `prepare` is the configuration's name for it, and hides the function there.
+_split = split
+
+
+def _dataset(source: Source, indices: NDArray[np.int64], preprocessing: Preprocessing) -> ArrayDataset:
+    """Return the chosen samples, normalised."""
+    x = np.empty((len(indices), *preprocessing.sample_shape), np.float32)
+    for start in range(0, len(indices), ROWS):
+        chosen = indices[start : start + ROWS]
+        preprocessing.apply(source.x[chosen], out=x[start : start + len(chosen)])
+    y: NDArray[Any] = source.y[indices]
+    return ArrayDataset(x, y)

@@ -1,0 +1,190 @@
+"""How samples become what the model sees: `(x - mean) * (1 / std)`, learnt from the training part alone.
+
+A `Preprocessing` also carries the task, the classes and the schema, so that a checkpoint needs nothing else
+to predict from another file.  It is made of Python numbers and goes through JSON without losing a bit.
+
+Sums are taken in float64, row by row over whole samples: such additions are elementwise, so that their order,
+and with it every bit, does not depend on the processor.  Two passes, because the one-pass formula cancels.
+Regression targets are left as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbp.data.base import Schema, Source, Task
+from distbp.errors import ConfigError, DataError
+
+__all__ = ["MODES", "Preprocessing", "learn"]
+
+MODES = ("auto", "none", "global", "feature")
+
+# Samples are handled in blocks of about this many values: 2 MiB of float64 stay in the second-level cache.
+BLOCK_VALUES = 1 << 18
+
+# The reciprocal of a smaller deviation would not fit in float32; such a feature is taken as constant.
+SMALLEST_STD = 1e-30
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What was learnt from the training samples.
+
+    `mode` is "none" (`mean` and `std` empty), "global" (one number each) or "feature" (one for each value of
+    a flattened sample).
+    """
+
+    task: Task
+    classes: tuple[str, ...] | None
+    schema: Schema
+    sample_shape: tuple[int, ...]
+    num_outputs: int
+    mode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, x: NDArray[Any], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Return samples `x` (N, *sample_shape) as the model sees them: float32, new or in `out`.
+
+        The arithmetic is float32 where that holds every input exactly, else float64, rounded once.  Raises
+        DataError if the samples have another shape.
+        """
+        if x.shape[1:] != self.sample_shape:
+            raise DataError(f"expected samples of shape {self.sample_shape}, got {x.shape[1:]}")
+        result = np.empty(x.shape, np.float32) if out is None else out
+        for start, stop in _blocks(len(x), self.sample_shape):
+            result[start:stop] = self._apply_block(x[start:stop])
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same as JSON-able values; floats survive JSON exactly (shortest round-trip form)."""
+        fields = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """Return what `to_dict` described.  Raises DataError if a part is missing or does not fit."""
+        try:
+            classes = values["classes"]
+            made = cls(
+                task=values["task"],
+                classes=None if classes is None else tuple(str(name) for name in classes),
+                schema=dict(values["schema"]),
+                sample_shape=tuple(int(n) for n in values["sample_shape"]),
+                num_outputs=int(values["num_outputs"]),
+                mode=values["mode"],
+                mean=tuple(float(m) for m in values["mean"]),
+                std=tuple(float(s) for s in values["std"]),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"preprocessing: expected the fields of a checkpoint, got: {error!r}") from error
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """Raise DataError unless the fields fit together."""
+        expected = {"none": 0, "global": 1, "feature": math.prod(self.sample_shape)}.get(self.mode)
+        fits = (
+            expected == len(self.mean) == len(self.std)
+            and all(math.isfinite(m) for m in self.mean)
+            and all(math.isfinite(s) and s >= SMALLEST_STD for s in self.std)
+            and self.task in ("classification", "regression")
+            and (self.task == "classification") == (self.classes is not None)
+            and (self.classes is None or len(self.classes) == self.num_outputs)
+            and self.num_outputs >= 1
+        )
+        if not fits:
+            raise DataError(
+                f"preprocessing: expected task, classes, mode, mean and std that fit together, got task "
+                f"{self.task!r}, mode {self.mode!r}, {len(self.mean)} means, {len(self.std)} deviations for "
+                f"samples of shape {self.sample_shape}"
+            )
+
+    def _apply_block(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        """Return one block of samples as the model sees it."""
+        if self.mode == "none":
+            return x.astype(np.float32)
+        exact = x.dtype == np.float32 or (x.dtype.kind in "iu" and x.dtype.itemsize <= 2)
+        work = np.float32 if exact else np.float64
+        shape = () if self.mode == "global" else self.sample_shape
+        mean = np.array(self.mean, work).reshape(shape)
+        scale = (1.0 / np.array(self.std)).astype(work).reshape(shape)
+        values: NDArray[Any] = x.astype(work)
+        values -= mean
+        values *= scale
+        return values.astype(np.float32, copy=False)
+
+
+def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "auto") -> Preprocessing:
+    """Return the preprocessing learnt from the samples `train_indices` of `source`.
+
+    `normalize` is "none", "global", "feature", or "auto": global for images (two dimensions or more), by
+    feature for tables.  A feature that never changes is only shifted.  Raises ConfigError for another word.
+    """
+    if normalize not in MODES:
+        raise ConfigError(f"data.normalize: expected one of {', '.join(MODES)}, got {normalize!r}")
+    sample_shape = source.x.shape[1:]
+    mode = normalize if normalize != "auto" else ("global" if len(sample_shape) >= 2 else "feature")
+    mean: NDArray[np.float64] = np.empty(0)
+    std: NDArray[np.float64] = np.empty(0)
+    if mode != "none":
+        mean, std = _statistics(source.x, train_indices, mode == "global")
+    return Preprocessing(
+        task=source.task,
+        classes=source.classes,
+        schema=source.schema,
+        sample_shape=sample_shape,
+        num_outputs=source.num_outputs,
+        mode=mode,
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+    )
+
+
+def _statistics(
+    x: NDArray[Any], indices: NDArray[np.int64], over_everything: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and standard deviation of the chosen samples, each (1,) or (number of features,)."""
+    num_features = math.prod(x.shape[1:])
+    count = len(indices) * (num_features if over_everything else 1)
+    total, squares = np.zeros(num_features), np.zeros(num_features)
+    least, greatest = np.full(num_features, np.inf), np.full(num_features, -np.inf)
+    for rows in _rows(x, indices):
+        total += rows.sum(axis=0)
+        np.minimum(least, rows.min(axis=0), out=least)
+        np.maximum(greatest, rows.max(axis=0), out=greatest)
+    if over_everything:
+        total, least, greatest = (
+            np.array([math.fsum(total)]),
+            least.min(keepdims=True),
+            greatest.max(keepdims=True),
+        )
+    mean = total / count
+    for rows in _rows(x, indices):
+        rows -= mean
+        squares += np.square(rows, out=rows).sum(axis=0)
+    if over_everything:
+        squares = np.array([math.fsum(squares)])
+    std = np.sqrt(squares / count)
+    # Rounding of the mean leaves a tiny deviation in a constant feature, and dividing by it would make noise.
+    std[(least == greatest) | (std < SMALLEST_STD)] = 1.0
+    return mean, std
+
+
+def _rows(x: NDArray[Any], indices: NDArray[np.int64]) -> Iterator[NDArray[np.float64]]:
+    """Yield the chosen samples as new float64 (rows, number of features), block by block."""
+    for start, stop in _blocks(len(indices), x.shape[1:]):
+        yield x[indices[start:stop]].reshape(stop - start, -1).astype(np.float64)
+
+
+def _blocks(count: int, sample_shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield `[start, stop)` of blocks that depend on the shapes alone."""
+    step = max(1, BLOCK_VALUES // math.prod(sample_shape))
+    for start in range(0, count, step):
+        yield start, min(count, start + step)

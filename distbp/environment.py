@@ -1,0 +1,65 @@
+"""What the machine and the software are: recorded in every checkpoint, compared at resume and between workers.
+
+Only what can decide about bits, or what a person needs to repeat the run, is listed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+__all__ = ["available_cores", "describe_environment", "limit_threads", "thread_variables"]
+
+_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def thread_variables(threads: int) -> dict[str, str]:
+    """Return the environment variables that give a new process `threads` BLAS threads."""
+    return dict.fromkeys(_THREAD_VARIABLES, str(threads))
+
+
+def limit_threads(threads: int) -> Any:
+    """Limit BLAS to `threads` threads in this process; the returned object undoes it (`restore_original_limits`)."""
+    import threadpoolctl
+
+    return threadpoolctl.threadpool_limits(threads, user_api="blas")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return versions, BLAS kernel, CPU features and libc of this process."""
+    import numpy as np
+    import threadpoolctl
+
+    pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    blas = {
+        "name": pools[0]["internal_api"] if pools else "unknown",
+        "version": pools[0]["version"] if pools else None,
+        "kernel": pools[0].get("architecture") if pools else None,
+        "threads": pools[0]["num_threads"] if pools else None,
+    }
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": blas,
+        "cpu_features": _cpu_features(),
+        "libc": " ".join(platform.libc_ver()),
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
+
+
+def _cpu_features() -> list[str]:
+    """Return the CPU features that NumPy's own loops use here, as NumPy names them."""
+    try:
+        from numpy._core._multiarray_umath import __cpu_features__ as features
+    except ImportError:  # A private name: another NumPy may have moved it, and the record does without.
+        return []
+    return sorted(name for name, present in features.items() if present)

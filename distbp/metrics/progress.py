@@ -1,0 +1,172 @@
+"""How a run speaks while it trains: records five times a second, a bar on a terminal, plain lines elsewhere.
+
+Rank 0 owns the one `Progress`.  Between two records it only adds up numbers, so the step is not held up; the
+bar is plain text and carriage returns, written to stderr, and only if stderr is a terminal.  Elsewhere one
+whole line appears every ten seconds, which a job log can bear.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from distbp.backends.base import Seat
+    from distbp.metrics.records import Records
+    from distbp.worker import Job
+
+__all__ = ["Progress", "duration"]
+
+RECORD_EVERY_S = 0.2
+LINE_EVERY_S = 10.0
+_BAR_WIDTH = 24
+
+_LOSS, _WEIGHT, _CORRECT = range(3)
+_EPOCH_LOSS, _EPOCH_WEIGHT, _EPOCH_CORRECT = 1, 2, 3
+
+
+class Progress:
+    """Turns steps into records and lines; `close` leaves the terminal as it was."""
+
+    def __init__(self, job: Job, seat: Seat) -> None:
+        self._job = job
+        self._terminal = sys.stderr.isatty()
+        self._next_line = time.monotonic() + LINE_EVERY_S
+        self._next_record = 0.0
+        self._sums = np.zeros(3)
+        self._phases = np.zeros(4)
+        self._steps = 0
+        self._first = True
+        self._text = job.banner(seat)
+        self._rate = 0.0
+        self._drawn = False
+
+    def begin(self, step: int) -> None:
+        """Note that training (re)starts after `step` steps."""
+        if self._text:
+            self._say(self._text)
+            self._text = ""
+        self._since = time.perf_counter()
+        self._steps = 0
+        self._sums[:] = 0
+        self._phases[:] = 0
+
+    def step(self, step: int, tail: NDArray[np.float64], times: list[float], records: Records) -> None:
+        """Count a step; write a record if the last one is old enough, or if it is the first."""
+        self._steps += 1
+        self._sums += tail[:3]
+        for phase in range(4):
+            self._phases[phase] += times[phase + 1] - times[phase]
+        if times[-1] >= self._next_record:
+            self._next_record = times[-1] + RECORD_EVERY_S
+            self._record(step, times[-1], records)
+
+    def epoch(
+        self,
+        step: int,
+        scalars: NDArray[np.float64],
+        validation: dict[str, float | None] | None,
+        records: Records,
+    ) -> None:
+        """Record the end of an epoch: the training loss over the epoch, and the validation if there is one."""
+        job = self._job
+        common = self._position(step) | {"epoch_end": True}
+        weight = scalars[_EPOCH_WEIGHT]
+        train: dict[str, Any] = {"loss": float(scalars[_EPOCH_LOSS] / weight) if weight else None}
+        if job.network.loss.kind == "classification":
+            seen = max(1.0, self._epoch_samples(step))
+            train["accuracy"] = float(scalars[_EPOCH_CORRECT] / seen)
+        records.metric({"kind": "train"} | common | train)
+        if validation is not None:
+            records.metric({"kind": "validation"} | common | validation)
+        self._draw(step, train["loss"], validation)
+
+    def close(self) -> None:
+        """End the bar's line."""
+        if self._drawn:
+            sys.stderr.write("\n")
+            self._drawn = False
+
+    def _position(self, step: int) -> dict[str, Any]:
+        """Return the fields that every record has."""
+        samples = step * self._job.batch_size
+        return {"step": step, "epoch": samples / len(self._job.train), "samples": samples}
+
+    def _epoch_samples(self, step: int) -> float:
+        """Return how many samples the epoch sums at `step` cover."""
+        batch, samples = self._job.batch_size, len(self._job.train)
+        epochs_before = (step - 1) * batch // samples
+        begin = -(-epochs_before * samples // batch)
+        return float((step - begin) * batch)
+
+    def _record(self, step: int, now: float, records: Records) -> None:
+        """Write the means since the last record, and show them."""
+        steps, weight = self._steps, self._sums[_WEIGHT]
+        loss = float(self._sums[_LOSS] / weight) if weight else None
+        self._rate = steps * self._job.batch_size / max(now - self._since, 1e-9)
+        names = ("compute", "wait", "reduce", "update")
+        record = {"kind": "train"} | self._position(step)
+        record |= {
+            "loss": loss if loss is None or np.isfinite(loss) else repr(loss),
+            "lr": self._job.schedule(step - 1),
+            "samples_per_second": self._rate,
+            "step_ms": {
+                name: round(float(total) / steps * 1e3, 4)
+                for name, total in zip(names, self._phases, strict=True)
+            },
+        }
+        records.metric(record)
+        self.begin_interval(now)
+        if self._terminal:
+            self._draw(step, loss, None)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LINE_EVERY_S
+            self._say(self._line(step, loss))
+
+    def begin_interval(self, now: float) -> None:
+        """Start the sums of the next record."""
+        self._since = now
+        self._steps = 0
+        self._sums[:] = 0
+        self._phases[:] = 0
+
+    def _line(self, step: int, loss: float | None) -> str:
+        """Return 'step 120/500, epoch 4.3, loss 0.123, 51,000 samples/s, 12 s left'."""
+        job = self._job
+        left = (job.total_steps - step) * job.batch_size / self._rate if self._rate else 0.0
+        shown = "-" if loss is None else f"{loss:.4f}"
+        return (
+            f"step {step}/{job.total_steps}, epoch {step * job.batch_size / len(job.train):.1f}, "
+            f"loss {shown}, {self._rate:,.0f} samples/s, {duration(left)} left"
+        )
+
+    def _draw(self, step: int, loss: float | None, validation: dict[str, float | None] | None) -> None:
+        """Redraw the bar on a terminal."""
+        if not self._terminal:
+            return
+        done = _BAR_WIDTH * step // max(1, self._job.total_steps)
+        bar = "━" * done + "╌" * (_BAR_WIDTH - done)
+        sys.stderr.write(f"\r\x1b[2K{bar} {self._line(step, loss)}")
+        sys.stderr.flush()
+        self._drawn = True
+
+    def _say(self, text: str) -> None:
+        """Write one whole line to stderr."""
+        if self._drawn:
+            sys.stderr.write("\r\x1b[2K")
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as people say it: '8 s', '3 min 20 s', '2 h 5 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

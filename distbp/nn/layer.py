@@ -1,0 +1,151 @@
+"""The contract of a layer, and the parameter through which its gradients leave.
+
+Legend of the shapes in this package: G micro-batches are stacked, each has b samples, a sample has features
+(I inputs, O outputs, F any features, C classes).  Activations are arrays of shape (G, b, *features).
+
+The rule that binds every layer: **the bits that belong to micro-batch g do not depend on G**.  Elementwise
+functions keep it by themselves; matrix products keep it when they are stacked (product.py); reductions keep
+it when they run inside one micro-batch.  Gradients of different micro-batches are never added here: a layer
+hands a *leaf*, a function that writes the gradients of some micro-batches where it is told to, and whoever
+bound the sink adds them in the order that makes all runs equal.
+
+A layer knows neither rank nor optimizer nor how gradients are reduced, and it learns neither its own name nor
+where its parameters lie: the Network tells the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["Array", "Context", "Initial", "Layer", "Leaf", "Parameter", "Shape", "Sink"]
+
+Array: TypeAlias = NDArray[Any]
+Shape: TypeAlias = tuple[int, ...]
+
+Leaf: TypeAlias = Callable[[int, int, Array], None]
+"""`leaf(lo, hi, out)` writes the gradients of micro-batches lo..hi-1 to `out`, shape (hi-lo, *parameter)."""
+
+Sink: TypeAlias = "Callable[[Parameter, Leaf], None]"
+"""Receives each parameter's leaf once per backward pass and calls it before it returns."""
+
+Initial: TypeAlias = "Callable[[Parameter, int], NDArray[np.float64]]"
+"""`initial(parameter, seed)` returns the first values in `parameter.shape`, keyed by `parameter.name`."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a forward pass may depend on besides its input: the mode and the key of its random numbers.
+
+    `first_micro_batch` is the global number of the first of the G stacked micro-batches, so that a layer
+    that draws random numbers keys them by `first_micro_batch + g` and not by where g was computed.
+    """
+
+    training: bool
+    seed: int = 0
+    step: int = 0
+    first_micro_batch: int = 0
+
+
+class Parameter:
+    """One trainable tensor: its shape and how it starts; the values live in a vector that others own.
+
+    `fan_in` and `fan_out` are the numbers of inputs and outputs that one weight connects (initial.py).
+    `name` and `offset` (elements into the flat vector) are set by the Network.
+    """
+
+    __slots__ = ("_sink", "_value", "fan_in", "fan_out", "initial", "name", "offset", "shape")
+
+    def __init__(self, shape: Shape, initial: Initial, *, fan_in: int, fan_out: int) -> None:
+        self.shape = shape
+        self.initial = initial
+        self.fan_in = fan_in
+        self.fan_out = fan_out
+        self.name = ""
+        self.offset = -1
+        self._value: Array | None = None
+        self._sink: Sink | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def value(self) -> Array:
+        """View of the current parameter vector, never to be written to."""
+        assert self._value is not None, f"parameter {self.name!r} has no value: call Network.use(views) first"
+        return self._value
+
+    def bind(self, value: Array | None) -> None:
+        """Point `value` at a view; called every step, so it checks nothing."""
+        self._value = value
+
+    def send_to(self, sink: Sink | None) -> None:
+        """Let `collect` hand its leaves to `sink`."""
+        self._sink = sink
+
+    def collect(self, leaf: Leaf) -> None:
+        """Hand `leaf` to the bound sink, which calls it before this returns."""
+        assert self._sink is not None, f"{self.name!r}: call Network.send_gradients_to(sink) before backward"
+        self._sink(self, leaf)
+
+
+class Layer(ABC):
+    """One differentiable function of stacked micro-batches.
+
+    A layer never writes into `x` or `dy`.  What it returns is its own (or a view of its argument, as from
+    Flatten) and holds until its next forward or backward call; it may keep `x` from forward to backward for
+    the same reason.  The dtype of all results follows the input: float32 in training, float64 when gradients
+    are checked.  An instance stands in one place of one model, because it remembers one forward pass.
+    """
+
+    @abstractmethod
+    def build(self, input_shape: Shape) -> Shape:
+        """Create the parameters for samples of `input_shape` (without G, b) and return the output shape.
+
+        Raises ConfigError for a shape that this layer cannot take.
+        """
+
+    @abstractmethod
+    def forward(self, x: Array, context: Context) -> Array:
+        """Return the output for stacked micro-batches `x` of shape (G, b, *input_shape)."""
+
+    @abstractmethod
+    def backward(self, dy: Array, want_dx: bool = True) -> Array | None:
+        """Collect a leaf for each parameter, return dx, the gradient for the input of the last forward pass.
+
+        `dy` is the gradient for the output of the last forward pass with `context.training`.  Without
+        `want_dx` nobody needs dx: the layer skips its cost where there is one and returns None.
+        """
+
+    def parameters(self) -> list[tuple[str, Parameter]]:
+        """Return the parameters made by `build` with names relative to this layer, in a fixed order."""
+        return []
+
+    def children(self) -> list[tuple[str, Layer]]:
+        """Return the layers that this one contains, by relative name."""
+        return []
+
+    def multiply_adds(self) -> int:
+        """Return the multiply-adds of the products of one sample's forward pass; 0 for elementwise work."""
+        return 0
+
+    def buffer(self, name: str, shape: Shape, dtype: DTypeLike) -> Array:
+        """Return this layer's array called `name`; the same one as long as shape and dtype stay the same.
+
+        Its content is what was left there.  A fresh large array costs page faults in every step, a reused
+        one does not; a change of G or b pays once.
+        """
+        # Made here and not in __init__, so that a layer need not remember to call super().__init__().
+        buffers: dict[str, Array] = self.__dict__.setdefault("_buffers", {})
+        array = buffers.get(name)
+        if array is None or array.shape != shape or array.dtype != dtype:
+            array = buffers[name] = np.zeros(shape, dtype)
+        return array

@@ -1,0 +1,199 @@
+"""Losses: sums over the samples of each micro-batch, and the gradient of those sums.
+
+A loss returns sums and the weight they stand for, not means: the mean over the global batch is taken once,
+after the sums of all micro-batches have been added elsewhere.  Sums over samples are float64, so that the
+reported loss does not depend on float32 rounding of long sums.
+
+A mask (1 or 0 for each sample, shape (G, b)) silences the samples that fill up the last batch of an
+evaluation; their loss, weight and count are 0.  Losses know neither the model nor how sums are added.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbp.errors import ConfigError, DataError
+from distbp.nn.layer import Array, Shape
+
+__all__ = ["Loss", "MeanSquaredError", "SoftmaxCrossEntropy", "Sums"]
+
+
+@dataclass
+class Sums:
+    """For each micro-batch, summed over its samples: weighted losses, weights, correct answers; each (G,)."""
+
+    loss: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    correct: NDArray[np.float64]
+
+
+class Loss(ABC):
+    """A number for each sample, from the model's output and the target.
+
+    As with layers: arguments are not written to, results hold until the next call, and the values of
+    micro-batch g do not depend on G.
+    """
+
+    kind: ClassVar[Literal["classification", "regression"]]
+
+    @abstractmethod
+    def build(self, output_shape: Shape) -> None:
+        """Accept a model's output shape (without G, b), or raise ConfigError."""
+
+    @abstractmethod
+    def forward(self, output: Array, target: Array, mask: Array | None = None) -> Sums:
+        """Return the sums for `output` of shape (G, b, *output_shape); DataError for an impossible target."""
+
+    @abstractmethod
+    def backward(self) -> Array:
+        """Return the gradient of `Sums.loss` of the last forward for its output, in its shape and dtype."""
+
+
+class SoftmaxCrossEntropy(Loss):
+    """Cross entropy of softmax(output) against class numbers, with smoothing and class weights.
+
+    For a sample with outputs z, class y, weights w_c, smoothing ε, C classes, nll_c = log Σ_j exp(z_j) - z_c:
+
+        loss = (1-ε) w_y nll_y + ε/C Σ_c w_c nll_c,     weight = w_y,
+
+    so loss sum / weight sum is what torch.nn.CrossEntropyLoss(weight, label_smoothing) returns.
+    (Smoothing: Szegedy et al., "Rethinking the Inception architecture", CVPR 2016.)
+    """
+
+    kind = "classification"
+
+    def __init__(self, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> None:
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ConfigError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
+        if class_weights is not None and not all(0.0 <= w < math.inf for w in class_weights):
+            raise ConfigError(f"class_weights: expected finite numbers >= 0, got {class_weights!r}")
+        self.label_smoothing = label_smoothing
+        self.class_weights = None if class_weights is None else tuple(class_weights)
+
+    def build(self, output_shape: Shape) -> None:
+        """Accept (C,) with C >= 2, and class weights of that length."""
+        if len(output_shape) != 1 or output_shape[0] < 2:
+            raise ConfigError(
+                f"SoftmaxCrossEntropy: expected a model with one output for each of at least two classes, "
+                f"got output shape {output_shape!r}"
+            )
+        (num_classes,) = output_shape
+        if self.class_weights is not None and len(self.class_weights) != num_classes:
+            raise ConfigError(
+                f"class_weights: expected one for each of {num_classes} classes, "
+                f"got {len(self.class_weights)!r}"
+            )
+
+    def forward(self, output: Array, target: Array, mask: Array | None = None) -> Sums:
+        """Return the sums for integer `target` of shape (G, b) with values in 0..C-1.
+
+        `correct` counts the samples whose largest output is the target's; of equal outputs the first counts.
+        """
+        G, b, num_classes = output.shape
+        _check_classes(target, (G, b), num_classes)
+        # z is shifted by its maximum, which leaves softmax and nll as they are and keeps exp in range.
+        # C order whatever the output's is, so that the places below are places in memory.
+        shifted = np.subtract(output, np.maximum.reduce(output, axis=-1, keepdims=True), order="C")
+        self._softmax = np.exp(shifted)
+        total = np.add.reduce(self._softmax, axis=-1, keepdims=True)
+        np.divide(self._softmax, total, out=self._softmax)
+        log_total = np.log(total[..., 0])
+        # The places of the targets in the flattened outputs.
+        self._places = np.arange(0, G * b * num_classes, num_classes) + target.reshape(-1)
+
+        weights = np.ones(num_classes) if self.class_weights is None else np.array(self.class_weights)
+        sample_weight = weights.astype(output.dtype)[target]
+        self._at_target = (1.0 - self.label_smoothing) * sample_weight
+        loss = self._at_target * (log_total - shifted.reshape(-1).take(self._places).reshape(G, b))
+        if self.label_smoothing:
+            self._spread = (weights * (self.label_smoothing / num_classes)).astype(output.dtype)
+            loss += np.add.reduce(self._spread) * log_total - np.vecdot(shifted, self._spread)
+        self._mask = mask
+        correct = np.argmax(output, axis=-1) == target
+        return Sums(*(_sum_samples(values, mask) for values in (loss, sample_weight, correct)))
+
+    def backward(self) -> Array:
+        """Return ∂loss/∂z_c = (Σ_k q_k) softmax_c - q_c, with q_c = (1-ε) w_y [c = y] + ε/C w_c.
+
+        Because loss = Σ_c q_c nll_c and ∂nll_c/∂z_k = softmax_k - [c = k].  Without weights and smoothing
+        this is softmax - onehot(y).  The result takes the place of the softmax: call it once per forward.
+        """
+        gradient: Array = self._softmax
+        total = self._at_target + np.add.reduce(self._spread) if self.label_smoothing else self._at_target
+        np.multiply(gradient, total[..., np.newaxis], out=gradient)
+        if self.label_smoothing:
+            np.subtract(gradient, self._spread, out=gradient)
+        gradient.reshape(-1)[self._places] -= self._at_target.reshape(-1)
+        if self._mask is not None:
+            np.multiply(gradient, self._mask[..., np.newaxis], out=gradient)
+        return gradient
+
+
+class MeanSquaredError(Loss):
+    """loss = 1/O Σ_o (y_o - t_o)² for a sample with O outputs; the weight of a sample is 1."""
+
+    kind = "regression"
+
+    def build(self, output_shape: Shape) -> None:
+        """Accept any output shape with at least one number."""
+        if math.prod(output_shape) < 1:
+            raise ConfigError(f"MeanSquaredError: expected at least one output, got shape {output_shape!r}")
+
+    def forward(self, output: Array, target: Array, mask: Array | None = None) -> Sums:
+        """Return the sums for `target` of the output's shape, or (G, b) where there is one output."""
+        G, b = output.shape[:2]
+        if target.shape[:2] != (G, b) or target.size != output.size:
+            raise DataError(
+                f"MeanSquaredError: expected targets of shape {output.shape!r}, one for each output of the "
+                f"model, got {target.shape!r}; set the model's outputs to the number of target columns"
+            )
+        self._difference = np.subtract(output, target.reshape(output.shape), dtype=output.dtype)
+        self._mask = mask
+        rows = self._difference.reshape(G, b, -1)
+        loss = np.vecdot(rows, rows) / rows.shape[2]
+        return Sums(_sum_samples(loss, mask), _sum_samples(np.ones((G, b)), mask), np.zeros(G))
+
+    def backward(self) -> Array:
+        """Return ∂loss/∂y_o = 2/O (y_o - t_o).  Call it once per forward."""
+        gradient = self._difference
+        num_outputs = math.prod(gradient.shape[2:])
+        np.multiply(gradient, 2.0 / num_outputs, out=gradient)
+        if self._mask is not None:
+            gradient *= self._mask.reshape(*gradient.shape[:2], *[1] * (gradient.ndim - 2))
+        return gradient
+
+
+def _check_classes(target: Array, shape: Shape, num_classes: int) -> None:
+    """Raise DataError unless `target` holds class numbers in 0..num_classes-1 and has `shape`."""
+    if target.shape != shape or target.dtype.kind not in "iu":
+        raise DataError(
+            f"SoftmaxCrossEntropy: expected integer class numbers of shape {shape!r}, "
+            f"got {target.dtype} of shape {target.shape!r}; for numbers use the loss 'mean_squared_error'"
+        )
+    if target.size and (np.min(target) < 0 or np.max(target) >= num_classes):
+        wrong = target[(target < 0) | (target >= num_classes)].flat[0].item()
+        raise DataError(
+            f"SoftmaxCrossEntropy: expected class numbers 0..{num_classes - 1} for a model with "
+            f"{num_classes} outputs, got {wrong!r}; set the model's outputs to the number of classes"
+        )
+
+
+def _sum_samples(values_Gb: Array, mask_Gb: Array | None) -> NDArray[np.float64]:
+    """Return the float64 sum of each micro-batch over the samples that count.
+
+    The conversion comes first: `add.reduce(dtype=...)` converts in pieces of a buffer of its own, and NumPy
+    does not promise that the pieces end where rows end.  No bit differed in 150 cases with NumPy 2.4; the
+    conversion costs a microsecond and leaves nothing to promise.
+    """
+    values = values_Gb.astype(np.float64)
+    if mask_Gb is not None:
+        values *= mask_Gb
+    total: NDArray[np.float64] = np.add.reduce(values, axis=1)
+    return total

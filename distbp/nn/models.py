@@ -1,0 +1,85 @@
+"""Models, activations and losses by the names that the command line knows them by.
+
+A new one is a function or class and one line in a dict below.  The start of the weights follows the
+activation behind them, because each keeps the variance of the signal only with its own (initial.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+
+from distbp.errors import ConfigError
+from distbp.nn import initial
+from distbp.nn.activations import GELU, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from distbp.nn.blocks import Sequential
+from distbp.nn.layer import Initial, Layer
+from distbp.nn.linear import Linear
+from distbp.nn.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy
+from distbp.nn.shape import Flatten
+
+__all__ = ["ACTIVATIONS", "LOSSES", "MODELS", "build_loss", "build_model", "linear", "mlp"]
+
+ACTIVATIONS: dict[str, tuple[Callable[[], Layer], Initial]] = {
+    "gelu": (GELU, initial.he_normal),
+    "leaky_relu": (LeakyReLU, initial.he_normal),
+    "relu": (ReLU, initial.he_normal),
+    "sigmoid": (Sigmoid, initial.glorot_uniform),
+    "softmax": (Softmax, initial.glorot_uniform),
+    "tanh": (Tanh, initial.glorot_uniform),
+}
+"""Name -> how to make it, and how the weights before it start."""
+
+LOSSES: dict[str, type[Loss]] = {
+    "cross_entropy": SoftmaxCrossEntropy,
+    "mean_squared_error": MeanSquaredError,
+}
+
+
+def mlp(*, outputs: int, hidden: Sequence[int] = (128,), activation: str = "relu") -> Layer:
+    """Return a multilayer perceptron: for each width in `hidden` Linear and activation, then Linear."""
+    make, weights = ACTIVATIONS[_known("activation", activation, ACTIVATIONS)]
+    layers: list[Layer] = [Flatten()]
+    for width in hidden:
+        layers += [Linear(width, initial=weights), make()]
+    return Sequential(*layers, Linear(outputs, initial=initial.lecun_normal))
+
+
+def linear(*, outputs: int, hidden: Sequence[int] = (), activation: str = "relu") -> Layer:
+    """Return linear or softmax regression, by the loss; `hidden` and `activation` mean nothing to it."""
+    return Sequential(Flatten(), Linear(outputs, initial=initial.lecun_normal))
+
+
+MODELS: dict[str, Callable[..., Layer]] = {"linear": linear, "mlp": mlp}
+"""Name -> function of the keywords `outputs`, `hidden`, `activation`."""
+
+
+def build_model(
+    name: str, *, outputs: int, hidden: Sequence[int] = (128,), activation: str = "relu"
+) -> Layer:
+    """Return the model called `name` with `outputs` outputs; ConfigError names the nearest known name."""
+    return MODELS[_known("model", name, MODELS)](outputs=outputs, hidden=hidden, activation=activation)
+
+
+def build_loss(
+    name: str, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
+) -> Loss:
+    """Return the loss called `name`; ConfigError for an unknown name or an option that it does not have."""
+    if LOSSES[_known("loss", name, LOSSES)] is SoftmaxCrossEntropy:
+        return SoftmaxCrossEntropy(label_smoothing=label_smoothing, class_weights=class_weights)
+    if label_smoothing or class_weights is not None:
+        raise ConfigError(
+            f"loss {name!r}: expected neither label_smoothing nor class_weights, got {label_smoothing!r} and "
+            f"{class_weights!r}; they belong to 'cross_entropy'"
+        )
+    return LOSSES[name]()
+
+
+def _known(what: str, name: str, names: Iterable[str]) -> str:
+    """Return `name` if it is one of `names`, else raise ConfigError with the nearest one."""
+    known = sorted(names)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{what}: expected one of {', '.join(known)}, got {name!r}{hint}")

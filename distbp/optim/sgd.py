@@ -1,0 +1,93 @@
+"""Stochastic gradient descent, plain, with momentum, or with Nesterov's look-ahead.
+
+With g the mean gradient, p the parameters, v the velocity, mu the momentum and wd the weight decay:
+
+    g = g + wd * p
+    v = mu * v + g
+    p = p - lr * v                  momentum:  B. T. Polyak, 1964, "Some methods of speeding up the
+                                    convergence of iteration methods"
+    p = p - lr * (g + mu * v)       nesterov:  Y. Nesterov, 1983, in the form of I. Sutskever, J. Martens,
+                                    G. Dahl and G. Hinton, ICML 2013, section 2, re-arranged so that the
+                                    gradient is taken at p
+
+The learning rate multiplies the velocity when it is applied, not the gradient when it is collected: this is
+PyTorch's definition.  Both agree while lr is constant, and differ under a schedule.  Weight decay is the
+plain L2 term, also as in PyTorch's SGD (no dampening, which is rarely wanted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbp.errors import ConfigError
+from distbp.optim import norm
+from distbp.optim.base import Optimizer, Vectors
+from distbp.optim.chunks import chunks
+
+__all__ = ["SGD"]
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent; without momentum it has no state vector."""
+
+    scratch_rows = 2
+
+    def __init__(self, *, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0) -> None:
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"expected a momentum >= 0 and < 1, got {momentum!r}")
+        if not 0 <= weight_decay < float("inf"):
+            raise ConfigError(f"expected a finite weight decay >= 0, got {weight_decay!r}")
+        if nesterov and momentum == 0:
+            raise ConfigError("expected a momentum > 0 with nesterov, got 0; give one or leave nesterov off")
+        self.momentum = float(momentum)
+        self.nesterov = nesterov
+        self.weight_decay = float(weight_decay)
+        self.vectors = ("momentum",) if momentum else ()
+
+    def measure(
+        self,
+        gradient: NDArray[np.float32],
+        blocks: Sequence[tuple[int, int]],
+        sums: NDArray[np.float64],
+        *,
+        offset: int = 0,
+    ) -> None:
+        """Write the sum of squares of each block; see `Optimizer.measure`."""
+        norm.measure(gradient, blocks, sums, offset=offset)
+
+    def apply(
+        self,
+        gradient: NDArray[np.float32],
+        *,
+        scale: float,
+        lr: float,
+        current: Vectors,
+        following: Vectors,
+        scratch: NDArray[np.float32],
+    ) -> None:
+        """Write the next generation of a slice; see `Optimizer.apply`."""
+        # A NumPy float64 scalar would turn the float32 arithmetic below into float64; a Python float does
+        # not.
+        scale, lr = float(scale), float(lr)
+        for part in chunks(len(gradient)):
+            g, spare = scratch[:, : part.stop - part.start]
+            p = current["parameters"][part]
+            np.multiply(gradient[part], scale, out=g)
+            if self.weight_decay:
+                np.multiply(p, self.weight_decay, out=spare)
+                np.add(g, spare, out=g)
+            direction = g
+            if self.momentum:
+                v = following["momentum"][part]
+                np.multiply(current["momentum"][part], self.momentum, out=v)
+                np.add(v, g, out=v)
+                direction = v
+                if self.nesterov:
+                    np.multiply(v, self.momentum, out=spare)
+                    np.add(g, spare, out=g)
+                    direction = g
+            np.multiply(direction, lr, out=spare)
+            np.subtract(p, spare, out=following["parameters"][part])

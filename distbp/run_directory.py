@@ -1,0 +1,194 @@
+"""The run directory: one place for everything that a run leaves, and for one job at a time.
+
+    config.toml  environment.json  result.json        what was asked, where it ran, how it ended
+    metrics.jsonl  events.jsonl  samples.log           records, one a line
+    logs/rank-00000.log                                what each worker had to say
+    checkpoints/step-00001000/                         see `distbp/checkpoint/`
+    lock                                               held by the job that writes here
+
+The keeper of a job (the launching process; the only worker of a serial run) opens it, holds a lock on it
+until it ends, and decides what a run begins from: a finished run answers at once, a checkpoint of another
+model is refused, a damaged checkpoint is passed over in favour of the one before and named.
+
+Directories are 0700 and files 0600.  The lock is `flock`, which the kernel drops with its last holder,
+so a killed job leaves no stale lock; `lock` also says who holds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from distbp import checkpoint
+from distbp.backends.base import Admission, Plan
+from distbp.errors import CannotWrite, CheckpointError, ConfigError, InputMissing
+from distbp.metrics.records import append_record
+
+__all__ = ["RunDirectory", "default_name"]
+
+
+def default_name(name: str, now: float | None = None) -> str:
+    """Return `runs/<name>-<date>-<time>` in local time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    return f"runs/{name}-{stamp}"
+
+
+class RunDirectory:
+    """An open run directory, locked for this job; `close` is idempotent."""
+
+    def __init__(self, path: Path, lock: int, start: int) -> None:
+        self.path = path
+        self.start = start
+        self._lock = lock
+
+    @classmethod
+    def open(cls, out: str | None, name: str) -> RunDirectory:
+        """Create the directory if needed and lock it; `CannotWrite` names who holds it."""
+        path = Path(out or default_name(name)).absolute()
+        try:
+            for folder in (path, path / "logs", path / "checkpoints"):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise CannotWrite(
+                f"cannot create the run directory {path}: {error.strerror}; choose another with --out"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(lock, 4096).decode(errors="replace").strip() or "{}"
+            os.close(lock)
+            raise CannotWrite(
+                f"the run directory {path} is in use by {_describe_holder(holder)}; "
+                "wait for that job, or choose another directory with --out"
+            ) from error
+        start = _read_start(os.read(lock, 4096)) + 1
+        os.ftruncate(lock, 0)
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
+        os.pwrite(lock, json.dumps(note).encode() + b"\n", 0)
+        return cls(path, lock, start)
+
+    def admit(self, plan: Plan) -> Admission:
+        """Decide what the run begins from, and write down what it is."""
+        folder = self.path / "checkpoints"
+        checkpoint.remove_leftovers(folder)
+        if plan.resume == "never":
+            if checkpoint.list_checkpoints(folder) or (self.path / "result.json").exists():
+                raise CannotWrite(
+                    f"{self.path} already holds a run and --resume never was given; choose another "
+                    "directory with --out, or leave --resume away to go on with that run"
+                )
+            restore = None
+        elif plan.resume == "auto":
+            restore = checkpoint.newest_verified(folder, self._report_damaged)
+        else:
+            restore = Path(plan.resume)
+            if not restore.is_dir():
+                raise InputMissing(f"--resume {plan.resume}: no such checkpoint directory")
+            problems = checkpoint.verify(restore)
+            if problems:
+                raise CheckpointError(
+                    f"{restore} is damaged: {problems[0]}; name another checkpoint, or use --resume auto "
+                    "to take the newest one that verifies"
+                )
+        if restore is not None:
+            held = checkpoint.describe(restore)
+            compare_identity(plan, held["metadata"], restore)
+            finished = self._finished_result(plan, held["step"])
+            if finished is not None:
+                return Admission(self.path, restore, self.start, finished)
+        self._describe_run(plan)
+        return Admission(self.path, restore, self.start)
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Append one record to `events.jsonl`."""
+        append_record(self.path / "events.jsonl", {"time": time.time()} | record)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Replace `result.json` as a whole."""
+        write_file(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Drop the lock; idempotent."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _finished_result(self, plan: Plan, step: int) -> dict[str, Any] | None:
+        """Return the result of a run that has already made all its steps."""
+        path = self.path / "result.json"
+        if step < plan.total_steps or not path.exists():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result if result.get("status") == "done" else None
+
+    def _describe_run(self, plan: Plan) -> None:
+        """Write what repeats the run and where it runs."""
+        write_file(self.path / "environment.json", json.dumps(plan.environment, indent=2) + "\n")
+        if plan.config_toml:
+            write_file(self.path / "config.toml", plan.config_toml)
+
+    def _report_damaged(self, path: Path, reason: str) -> None:
+        """Say that a checkpoint was passed over."""
+        print(
+            f"distbp: W_CHECKPOINT_DAMAGED {path.name}: {reason}; falling back to the one before",
+            file=sys.stderr,
+        )
+        self.event({"kind": "checkpoint", "status": "damaged", "path": str(path), "reason": reason})
+
+
+def compare_identity(plan: Plan, metadata: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint of another run, naming every key that differs; warn if the software differs."""
+    held = metadata.get("identity", {})
+    wanted = json.loads(json.dumps(plan.identity))
+    differing = [
+        f"  {key}: the checkpoint has {held.get(key)!r}, this run {wanted.get(key)!r}"
+        for key in sorted({*held, *wanted})
+        if held.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path} belongs to another run:\n" + "\n".join(differing) + "\n"
+            "give the same options, or choose another directory with --out"
+        )
+    before, now = metadata.get("environment", {}), plan.environment
+    changed = [
+        f"{key} was {before[key]!r}, is {now.get(key)!r}" for key in before if before[key] != now.get(key)
+    ]
+    if changed:
+        print(
+            "distbp: W_ENVIRONMENT_CHANGED since the checkpoint: " + "; ".join(changed) + "; bits may differ",
+            file=sys.stderr,
+        )
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old content or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def _read_start(content: bytes) -> int:
+    """Return how often a job has begun here, according to the lock file."""
+    try:
+        return int(json.loads(content)["start"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def _describe_holder(content: str) -> str:
+    """Return 'process 12 on host a' from the lock file of the job that is running."""
+    try:
+        note = json.loads(content)
+        return f"process {note['pid']} on host {note['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another job"

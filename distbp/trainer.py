@@ -1,0 +1,404 @@
+"""What the user calls: a `Trainer` joins model, loss, optimizer, data and the workers.
+
+Every worker executes the user's script, as under MPI or torchrun; `fit` is the meeting point and returns the
+same history everywhere.  The same file runs on one worker (`python train.py`) or on more
+(`distbp run --nproc 4 train.py`): who the workers are is found in the environment.
+
+The trainer computes nothing: it builds the parts and the plan, and hands them to `worker.Worker`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbp import checkpoint, evaluation
+from distbp.arena import Parked
+from distbp.backends.base import CallFinished, Membership, Plan, Seat
+from distbp.data import ArrayDataset, Order, fingerprint
+from distbp.environment import describe_environment, limit_threads
+from distbp.errors import ConfigError, DataError, InputMissing, Stopped
+from distbp.metrics.records import Records
+from distbp.nn import Layer, Loss, Network, build_loss
+from distbp.optim import SGD, Optimizer, Schedule, norm
+from distbp.partition import default_micro_batch
+from distbp.worker import SCALARS, TAIL, Job, Worker
+
+__all__ = ["History", "Trainer", "find_checkpoint", "membership", "steps_of"]
+
+Array = NDArray[Any]
+Data = ArrayDataset | tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class History:
+    """How a call of `fit` went: one entry for each epoch, and the content of `result.json`."""
+
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    result: dict[str, Any]
+    out: Path
+
+
+@functools.cache
+def membership() -> Membership:
+    """Return this process's place among the workers; made once, when it is first asked for."""
+    if "DISTBP_RANK" in os.environ:
+        from distbp.backends.local_worker import LocalMembership
+
+        return LocalMembership.from_environment()
+    from distbp.backends.serial import SerialMembership
+
+    return SerialMembership()
+
+
+def steps_of(epochs: int, samples: int, batch_size: int, max_steps: int | None = None) -> int:
+    """Return the number of steps: `ceil(epochs * samples / batch_size)`, at most `max_steps`."""
+    steps = -(-epochs * samples // batch_size)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+class Trainer:
+    """Trains `model` by synchronous data-parallel SGD.
+
+    `loss` is "cross_entropy", "mean_squared_error" or a `Loss`; `batch_size` is global, whatever the number
+    of workers; `micro_batch` (default: batch_size / k, k at most 8) is the unit of work and of sameness, and
+    bounds the workers.  `lr` is the rate of the default cosine schedule; `schedule` replaces both.  `threads`
+    are BLAS threads of each worker, part of what decides about bits.
+    """
+
+    def __init__(
+        self,
+        model: Layer,
+        *,
+        loss: str | Loss = "cross_entropy",
+        optimizer: Optimizer | None = None,
+        lr: float = 0.1,
+        schedule: Schedule | None = None,
+        clip_norm: float | None = None,
+        batch_size: int = 64,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        threads: int = 1,
+        verify_environment: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.loss = build_loss(loss) if isinstance(loss, str) else loss
+        self.optimizer = SGD() if optimizer is None else optimizer
+        self.schedule = Schedule(lr=lr) if schedule is None else schedule
+        self.clip_norm = clip_norm
+        self.batch_size = batch_size
+        self.micro_batch = default_micro_batch(batch_size) if micro_batch is None else micro_batch
+        if batch_size % self.micro_batch:
+            raise ConfigError(
+                f"batch_size {batch_size} is not a multiple of micro_batch {self.micro_batch}; "
+                f"take {batch_size // self.micro_batch * self.micro_batch or self.micro_batch}"
+            )
+        self.seed = seed
+        self.threads = threads
+        self.network: Network | None = None
+        self.parameters: NDArray[np.float32] | None = None
+
+    def fit(
+        self,
+        train: Data,
+        *,
+        val: Data | None = None,
+        epochs: int = 20,
+        max_steps: int | None = None,
+        out: str | Path | None = None,
+        resume: str = "auto",
+        checkpoint_every_steps: int | None = None,
+        checkpoint_every_seconds: float | None = 60.0,
+        keep: int = 3,
+        log_samples: bool = False,
+        max_restarts: int = 10,
+        name: str = "fit",
+        metadata: dict[str, Any] | None = None,
+        config_toml: str = "",
+        banner: Callable[[Seat], str] | None = None,
+        members: Membership | None = None,
+    ) -> History:
+        """Train on `train`, an `ArrayDataset` or `(x, y)`, and return the history; all workers call this.
+
+        A run that `out` already holds goes on from its newest checkpoint (`resume="auto"`); `metadata` is
+        stored in every checkpoint.  Raises `Stopped` when the run was asked to stop (its state is saved).
+        """
+        members = membership() if members is None else members
+        train_data = _dataset(train)
+        validation = None if val is None else _dataset(val)
+        self._check_targets(train_data)
+        network = self._build(train_data)
+        limits = limit_threads(self.threads)
+        try:
+            total_steps = steps_of(epochs, len(train_data), self.batch_size, max_steps)
+            plan = self._plan(network, train_data, validation, total_steps, members.size)
+            plan = _with(
+                plan,
+                name=name,
+                out=None if out is None else str(Path(out).absolute()),
+                resume=resume,
+                max_restarts=max_restarts,
+                config_toml=config_toml,
+                free={"epochs": epochs, "max_steps": max_steps, "log_samples": log_samples},
+            )
+            seat = members.join(plan)
+            if isinstance(seat, dict):
+                return self._replay(seat)
+            job = Job(
+                network=network,
+                optimizer=self.optimizer,
+                schedule=lambda step: self.schedule(step, total_steps),
+                clip_norm=self.clip_norm,
+                train=train_data,
+                validation=validation,
+                order=Order(len(train_data), self.seed),
+                seed=self.seed,
+                batch_size=self.batch_size,
+                micro_batch=self.micro_batch,
+                total_steps=total_steps,
+                checkpoint_every_steps=checkpoint_every_steps,
+                checkpoint_every_seconds=checkpoint_every_seconds,
+                keep=keep,
+                log_samples=log_samples,
+                metadata=dict(metadata or {})
+                | {"identity": plan.identity, "environment": plan.environment},
+                **({} if banner is None else {"banner": banner}),
+            )
+            return self._train(members, seat, job)
+        finally:
+            limits.restore_original_limits()
+            close = getattr(members, "close", None)
+            if close is not None:
+                close()
+
+    def evaluate(self, data: Data) -> dict[str, float | None]:
+        """Return `{"loss", "accuracy"}` of the trained model over `data`; every worker computes it alone."""
+        dataset = _dataset(data)
+        return evaluation.evaluate(self._ready(dataset), dataset)
+
+    def predict(self, x: Array) -> Array:
+        """Return the outputs of the trained model, shape (N, *output_shape): logits for classes."""
+        samples = np.ascontiguousarray(x, np.float32)
+        dataset = ArrayDataset(samples, np.zeros(len(samples), np.int64))
+        return np.concatenate(list(evaluation.predict(self._ready(dataset), dataset)))
+
+    def load(self, path: str | Path) -> Trainer:
+        """Take the parameters of a checkpoint, or of the newest one of a run; returns itself.
+
+        The input shape is the checkpoint's, so a model that a script defines can be evaluated without data.
+        """
+        snapshot = checkpoint.load(find_checkpoint(path))
+        shape = tuple(snapshot.metadata["identity"]["input_shape"])
+        network = Network(self.model, shape, self.loss)
+        self.take(network, snapshot)
+        return self
+
+    def take(self, network: Network, snapshot: checkpoint.Snapshot) -> None:
+        """Copy the parameters of `snapshot` into a vector for `network`; `ConfigError` if they do not fit."""
+        vector = np.zeros(network.layout.size, np.float32)
+        for name, view in zip(network.layout.names, network.views(vector), strict=True):
+            held = snapshot.tensors.get(f"parameters/{name}")
+            if held is None or held.shape != view.shape:
+                got = "nothing" if held is None else f"shape {held.shape}"
+                raise ConfigError(
+                    f"the model has a parameter {name} of shape {view.shape}, the checkpoint has {got}: "
+                    "it belongs to another model"
+                )
+            np.copyto(view, held)
+        self.network, self.parameters = network, vector
+
+    def _train(self, members: Membership, seat: Seat, job: Job) -> History:
+        """Run the worker to the end of the call, through losses that happen while it ends."""
+        worker = Worker(seat, job)
+        try:
+            while True:
+                try:
+                    stopped = worker.run()
+                    mine = worker.result(stopped) if seat.rank == 0 else None
+                    result = members.finish(seat, mine)
+                    break
+                except Parked:
+                    continue
+                except CallFinished as finished:
+                    result = finished.result
+                    break
+            self.network = job.network
+            self.parameters = seat.arena.vectors(result["steps"])["parameters"]
+        finally:
+            worker.close()
+        return _history(result)
+
+    def _replay(self, result: dict[str, Any]) -> History:
+        """Return what a finished call returned, with the parameters from its last checkpoint."""
+        self.load(result["out"])
+        return _history(result)
+
+    def _ready(self, dataset: ArrayDataset) -> Network:
+        """Return the network with the trained parameters in place."""
+        if self.network is None or self.parameters is None:
+            raise ConfigError("nothing is trained yet; call fit, or load a checkpoint with Trainer.load")
+        if dataset.x.shape[1:] != self.network.input_shape:
+            raise DataError(
+                f"the model takes samples of shape {self.network.input_shape}, got {dataset.x.shape[1:]}"
+            )
+        self.network.use(self.network.views(self.parameters))
+        return self.network
+
+    def _build(self, data: ArrayDataset) -> Network:
+        """Build the network for samples like those of `data`."""
+        return Network(self.model, data.x.shape[1:], self.loss)
+
+    def _check_targets(self, data: ArrayDataset) -> None:
+        """Refuse targets of the wrong kind before anything starts."""
+        wanted = np.int64 if self.loss.kind == "classification" else np.float32
+        if data.y.dtype != wanted:
+            raise ConfigError(
+                f"the loss is for {self.loss.kind} and needs targets of type {np.dtype(wanted)}, "
+                f"got {data.y.dtype}; choose another loss"
+            )
+
+    def _plan(
+        self,
+        network: Network,
+        train: ArrayDataset,
+        validation: ArrayDataset | None,
+        total_steps: int,
+        workers: int,
+    ) -> Plan:
+        """Return the plan that all workers compare, with everything that decides about bits."""
+        micro_batches = self.batch_size // self.micro_batch
+        if workers > micro_batches:
+            raise ConfigError(too_many_workers(workers, self.batch_size, self.micro_batch))
+        layout = network.layout
+        borders = [
+            (offset, int(np.prod(shape, dtype=np.int64)))
+            for offset, shape in zip(layout.offsets, layout.shapes, strict=True)
+        ]
+        identity = {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "micro_batch": self.micro_batch,
+            "input_shape": list(network.input_shape),
+            "model": describe_layer(self.model),
+            "layout": layout.digest(),
+            "loss": describe_options(self.loss),
+            "optimizer": describe_options(self.optimizer),
+            "schedule": describe_options(self.schedule),
+            "clip_norm": self.clip_norm,
+            "threads": self.threads,
+            "train_data": fingerprint(train),
+            "validation_data": None if validation is None else fingerprint(validation),
+        }
+        return Plan(
+            name="fit",
+            out=None,
+            resume="auto",
+            identity=identity,
+            free={},
+            micro_batches=micro_batches,
+            total_steps=total_steps,
+            size=layout.size,
+            vectors=("parameters", *self.optimizer.vectors),
+            sums=len(norm.blocks(borders)),
+            evaluation_rows=0 if validation is None else evaluation.num_batches(validation),
+            tail=TAIL,
+            scalars=SCALARS,
+            environment=describe_environment(),
+        )
+
+
+def too_many_workers(workers: int, batch_size: int, micro_batch: int) -> str:
+    """Return the message for more workers than micro-batches, naming what would fit."""
+    most = batch_size // micro_batch
+    smaller = batch_size // workers
+    fits = [f"--nproc {most} or less", f"--batch-size {workers * micro_batch}"]
+    if smaller and batch_size % workers == 0:
+        fits.insert(1, f"--micro-batch {smaller}")
+    return (
+        f"{workers} workers need at least {workers} micro-batches, but batch_size {batch_size} with "
+        f"micro_batch {micro_batch} has {most}; take {', or '.join(fits)}"
+    )
+
+
+def describe_layer(layer: Layer) -> str:
+    """Return the model as text: kinds, options and nesting; part of what decides about bits."""
+    children = layer.children()
+    inside = ", ".join(describe_layer(child) for _, child in children)
+    return f"{type(layer).__name__}({inside})"
+
+
+def describe_options(part: object) -> dict[str, Any]:
+    """Return kind and public options of a loss, an optimizer or a schedule as JSON values."""
+    options = {
+        name: value
+        for name, value in vars(part).items()
+        if not name.startswith("_") and isinstance(value, bool | int | float | str | None | tuple | list)
+    }
+    described: dict[str, Any] = json.loads(json.dumps({"kind": type(part).__name__} | options))
+    return described
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint that `path` means: itself, or the newest verified one of a run directory."""
+    given = Path(path)
+    if not given.exists():
+        raise InputMissing(f"{given}: no such run or checkpoint")
+    if (given / "manifest.json").exists():
+        return given
+    folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+    newest = checkpoint.newest_verified(folder, lambda damaged, reason: None)
+    if newest is None:
+        raise InputMissing(f"{given} holds no checkpoint that verifies")
+    return newest
+
+
+def _history(result: dict[str, Any]) -> History:
+    """Read the records of the epochs; raise `Stopped` if the run ended because it was asked to."""
+    out = Path(result["out"])
+    if result["exit_code"] in (75, 130):
+        raise Stopped(
+            f"stopped on request after step {result['steps']}; the checkpoint is safe in {out}; "
+            "run the same command again to go on"
+        )
+    records = Records(out).history()
+    return History(
+        train=[record for record in records if record["kind"] == "train"],
+        validation=[record for record in records if record["kind"] == "validation"],
+        result=result,
+        out=out,
+    )
+
+
+def _dataset(data: Data) -> ArrayDataset:
+    """Return `data` as a data set: float32 samples; int64 classes or float32 numbers (N, O) as targets."""
+    if isinstance(data, ArrayDataset):
+        return data
+    x, y = (np.asarray(part) for part in data)
+    if len(x) != len(y):
+        raise DataError(f"expected as many targets as samples, got {len(x)} samples and {len(y)} targets")
+    if y.dtype.kind in "iub":
+        targets: Array = np.ascontiguousarray(y, np.int64)
+    else:
+        targets = np.ascontiguousarray(y.reshape(len(y), -1), np.float32)
+    samples = np.ascontiguousarray(x, np.float32)
+    for name, part in (("x", samples), ("y", targets)):
+        if part.dtype.kind == "f" and not np.isfinite(part).all():
+            row = int(np.flatnonzero(~np.isfinite(part.reshape(len(part), -1)).all(axis=1))[0])
+            raise DataError(f"{name} holds a value that is not finite, first in sample {row}; clean the data")
+    return ArrayDataset(samples, targets)
+
+
+def _with(plan: Plan, **changes: Any) -> Plan:
+    """Return `plan` with some fields replaced."""
+    import msgspec
+
+    return msgspec.structs.replace(plan, **changes)

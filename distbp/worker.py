@@ -1,0 +1,542 @@
+"""One worker's step loop, the same on every backend.
+
+One step, from `DESIGN`'s point of view and in this file's names:
+
+    _compute        forward and backward over this worker's micro-batches -> its slot in the arena
+    barrier
+    _reduce         lane owners: tree over the slots, over the hosts; sums for norms and the verdict
+    barrier         now everybody knows the sums; nobody has written yet
+    _update         lane owners: write the NEXT generation of the lane (or copy the current one: a skipped step)
+    barrier
+    _commit         the host's first worker stores the committed-step word
+
+and after a step at which something is due, `_finish_step`: evaluation by all, records and a save by rank 0.
+
+A worker takes its generation from its own step counter.  It reads the committed-step word only at the gate,
+so a store by a writer that dies between the barrier and the store cannot mislead anyone.  A loss reaches the
+loop as `Parked` out of any wait; `run` then goes back to the gate and begins where the words say.
+
+What this file does not know: how workers are started, what a model is made of, how a checkpoint looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbp import checkpoint
+from distbp.arena import EMPTY, Parked
+from distbp.backends.base import Seat, host_ranks
+from distbp.data import Dataset, Order
+from distbp.errors import Diverged, EnvironmentMismatch, WorkerLost
+from distbp.evaluation import num_batches, summary, write_row
+from distbp.metrics.progress import Progress
+from distbp.metrics.records import Records
+from distbp.nn import Context, Network
+from distbp.optim import Optimizer, norm
+from distbp.optim.chunks import new_scratch
+from distbp.partition import split_blocks, split_range
+from distbp.reduce import LaneReduction, MicroBatchSum, tree_total
+from distbp.saver import Saver
+from distbp.transports.base import Transport, TransportAborted
+
+__all__ = ["SCALARS", "TAIL", "Job", "Worker", "epoch_of", "epoch_ends_at"]
+
+Array = NDArray[Any]
+
+LOSS, WEIGHT, CORRECT, STOP, SAVE = range(5)
+TAIL = 8
+"""Columns of the float64 tail that rides with the gradient; eight fill a cache line."""
+
+SAMPLES, EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT, SKIPPED_IN_ROW, SKIPPED = range(6)
+SCALARS = 8
+"""Places in the scalar state: the sample cursor, sums since the last epoch's end, skipped steps."""
+
+MAX_SKIPPED_IN_ROW = 3
+RECORD_EVERY_S = 0.2
+COMPUTE, REDUCE, UPDATE, EVALUATE, SAVING = range(1, 6)
+"""Phases that the arena's progress words name."""
+
+
+@dataclass
+class Job:
+    """What one call of `fit` trains: the parts, and the numbers that tie them together."""
+
+    network: Network
+    optimizer: Optimizer
+    schedule: Callable[[int], float]
+    clip_norm: float | None
+    train: Dataset
+    validation: Dataset | None
+    order: Order
+    seed: int
+    batch_size: int
+    micro_batch: int
+    total_steps: int
+    checkpoint_every_steps: int | None
+    checkpoint_every_seconds: float | None
+    keep: int
+    log_samples: bool
+    metadata: dict[str, Any]
+    banner: Callable[[Seat], str] = field(default=lambda seat: "")
+
+    @property
+    def micro_batches(self) -> int:
+        """Return M, the number of micro-batches in a global batch."""
+        return self.batch_size // self.micro_batch
+
+
+def epoch_ends_at(step: int, samples: int, batch_size: int) -> bool:
+    """Return whether `step` steps are the first that complete some epoch."""
+    return step > 0 and (step * batch_size) // samples > ((step - 1) * batch_size) // samples
+
+
+def epoch_of(step: int, samples: int, batch_size: int) -> int:
+    """Return how many epochs `step` steps have completed."""
+    return step * batch_size // samples
+
+
+class Worker:
+    """One worker in one call of `fit`; `run` returns whether the run was stopped before its last step."""
+
+    def __init__(self, seat: Seat, job: Job) -> None:
+        self.seat = seat
+        self.job = job
+        self.arena = seat.arena
+        self.first, self.last = split_range(job.micro_batches, seat.size, seat.rank)
+        self.durations: list[float] = []
+        self._build_gradient_path()
+        self._build_lane()
+        self._build_batches()
+        if seat.rank == 0:
+            self.records = Records(seat.admission.out)
+            self.progress = Progress(job, seat)
+            self.saver = Saver(
+                seat.admission.out / "checkpoints",
+                keep=job.keep,
+                start=seat.admission.start,
+                report=seat.report,
+            )
+
+    def run(self) -> bool:
+        """Train to the last step or to a requested stop, through any number of losses."""
+        while True:
+            attempt = self.seat.gate()
+            transport = self.seat.connect(attempt)
+            try:
+                self._open_lane(transport)
+                self._prepare()
+                stopped = self._train()
+            except (Parked, TransportAborted):
+                continue
+            except WorkerLost:
+                # The other side noticed first; the coordinator may still be about to announce it.
+                if transport is None:
+                    raise
+                continue
+            finally:
+                if transport is not None:
+                    transport.close()
+            return stopped
+
+    # Building: everything that is allocated once.
+
+    def _build_gradient_path(self) -> None:
+        """Let backprop write into this worker's slot, through the tree over its micro-batches."""
+        job, local = self.job, self.seat.local_rank
+        self._gradient = MicroBatchSum(self.first, self.last, self.arena.slots[local])
+        self._tail = MicroBatchSum(self.first, self.last, self.arena.tails[local])
+        self._tail_rows = np.zeros((self.last - self.first, TAIL))
+        self._views = [job.network.views(self.arena.vectors(step)["parameters"]) for step in (0, 1)]
+        job.network.send_gradients_to(
+            lambda parameter, leaf: self._gradient.collect(parameter.offset, parameter.shape, leaf)
+        )
+
+    def _build_lane(self) -> None:
+        """Find this worker's lane: a run of the fixed blocks over which norms are summed."""
+        layout = self.job.network.layout
+        borders = [
+            (offset, int(np.prod(shape, dtype=np.int64)))
+            for offset, shape in zip(layout.offsets, layout.shapes, strict=True)
+        ]
+        blocks = norm.blocks(borders)
+        self.blocks, self.lane = [], (0, 0)
+        if self.seat.local_rank < self.seat.lanes:
+            self._first_block, last_block, *edges = split_blocks(
+                blocks, layout.size, self.seat.lanes, self.seat.local_rank
+            )
+            self.blocks, self.lane = blocks[self._first_block : last_block], (edges[0], edges[1])
+        self._scratch = new_scratch(self.job.optimizer.scratch_rows)
+
+    def _open_lane(self, transport: Transport | None) -> None:
+        """Lay out the reduction of this worker's lane, and of the tail for the host's first worker."""
+        seat, micro_batches = self.seat, self.job.micro_batches
+        ranges = [
+            [split_range(micro_batches, seat.size, rank) for rank in host_ranks(seat.host_sizes, host)]
+            for host in range(len(seat.host_sizes))
+        ]
+        host_ranges = [(workers[0][0], workers[-1][1]) for workers in ranges]
+        low, high = self.lane
+        views = [[vector[low:high] for vector in blocks] for blocks in self.arena.slots]
+        self._transport = transport
+        self._lane_sum = LaneReduction(views, ranges[seat.host], host_ranges, transport)
+        if seat.local_rank == 0:
+            self._tail_sum = LaneReduction(self.arena.tails, ranges[seat.host], host_ranges, transport)
+
+    def _build_batches(self) -> None:
+        """Allocate the arrays that batches are read into."""
+        count = (self.last - self.first) * self.job.micro_batch
+        x, y = self.job.train.batch(np.zeros(count, np.int64))
+        self._x, self._y = np.empty_like(x), np.empty_like(y)
+
+    # Beginning an attempt.
+
+    def _prepare(self) -> None:
+        """Bring every host to the same step, and make sure that all workers compute alike."""
+        if self._transport is not None and self.seat.local_rank == 0:
+            self._share_state(self._transport)
+        elif self.arena.committed == EMPTY and self.seat.rank == 0:
+            self._make_state()
+        self.arena.barrier.wait()
+        self.step = self.arena.committed
+        self._compare_gradients()
+        if self.seat.rank == 0:
+            self.records.cut(self.step, self.arena.done)
+            self.progress.begin(self.step)
+
+    def _make_state(self) -> None:
+        """Fill the arena from the checkpoint that was chosen, or with initial values; the word comes last."""
+        restore = self.seat.admission.restore
+        step = 0
+        if restore is None:
+            vectors = self.arena.vectors(0)
+            for name, vector in vectors.items():
+                vector.fill(0)
+                if name == "parameters":
+                    self.job.network.initialise(vector, self.job.seed)
+            self.arena.scalars(0).fill(0)
+        else:
+            snapshot = checkpoint.load(restore)
+            step = snapshot.step
+            for name, tensor in self._tensors(step).items():
+                np.copyto(tensor, snapshot.tensors[name], casting="no")
+        self.arena.done = step
+        self.arena.committed = step
+
+    def _share_state(self, transport: Transport) -> None:
+        """Give hosts without a state the state of one that has it; each stores its word last."""
+        word = np.array([self.arena.committed, self.arena.done], np.int64)
+        words = [np.empty_like(word) for _ in self.seat.host_sizes]
+        transport.allgather(word, words)
+        holding = [host for host, held in enumerate(words) if held[0] != EMPTY]
+        if not holding and transport.rank == 0:
+            self._make_state()
+            word[:] = self.arena.committed, self.arena.done
+        if len(holding) == len(words):
+            return
+        root = holding[0] if holding else 0
+        transport.broadcast(word, root)
+        step = int(word[0])
+        arrays = [*self.arena.vectors(step).values(), self.arena.scalars(step)]
+        missing = self.arena.committed == EMPTY
+        for array in arrays:
+            transport.broadcast(array if missing or transport.rank == root else array.copy(), root)
+        if missing:
+            self.arena.done, self.arena.committed = int(word[1]), step
+
+    def _compare_gradients(self) -> None:
+        """Compute micro-batch 0 of step 0 on every worker and compare the gradients' hashes."""
+        arena, job = self.arena, self.job
+        vector = arena.slots[self.seat.local_rank][0]
+        trial = MicroBatchSum(0, 1, [vector])
+        indices = job.order.indices(0, job.micro_batch)
+        x, y = job.train.batch(indices)
+        job.network.use(self._views[self.step & 1])
+        job.network.send_gradients_to(lambda p, leaf: trial.collect(p.offset, p.shape, leaf))
+        job.network.loss_and_gradient(x[None], y[None], Context(True, job.seed, 0, 0))
+        job.network.send_gradients_to(lambda p, leaf: self._gradient.collect(p.offset, p.shape, leaf))
+        digest = hashlib.sha256(np.ascontiguousarray(vector)).digest()
+        arena.digest(self.seat.local_rank)[:] = np.frombuffer(digest, np.uint8)
+        arena.barrier.wait()
+        digests = [bytes(arena.digest(worker)) for worker in range(arena.layout.workers)]
+        odd = [worker for worker, other in enumerate(digests) if other != digests[0]]
+        if odd:
+            first = host_ranks(self.seat.host_sizes, self.seat.host).start
+            raise EnvironmentMismatch(
+                f"workers {[first + worker for worker in odd]} and worker {first} of this host compute "
+                "different bits for the same micro-batch; give every worker the same NumPy, BLAS kernel "
+                "(OPENBLAS_CORETYPE) and CPU features (NPY_DISABLE_CPU_FEATURES)"
+            )
+        arena.barrier.wait()
+
+    # The loop.
+
+    def _train(self) -> bool:
+        """Make steps until the last one is done, or a stop was agreed on; return whether it was a stop."""
+        job = self.job
+        self._flags = np.zeros(2)
+        while True:
+            stop = self._flags[0] > 0 and self.step < job.total_steps
+            if self._is_due() and self.arena.done < self.step:
+                self._finish_step(stop)
+            if stop or self.step >= job.total_steps:
+                self.arena.barrier.wait()
+                return bool(stop)
+            begun = time.perf_counter()
+            self._make_step()
+            self.durations.append(time.perf_counter() - begun)
+
+    def _is_due(self) -> bool:
+        """Return whether evaluation, a record of an epoch or a save belongs to the step just made."""
+        job, step = self.job, self.step
+        every = job.checkpoint_every_steps
+        return (
+            step >= job.total_steps
+            or epoch_ends_at(step, len(job.train), job.batch_size)
+            or bool(every and step and step % every == 0)
+            or bool(self._flags.any())
+        )
+
+    def _make_step(self) -> None:
+        """Make one step: the picture in the module docstring."""
+        arena, barrier = self.arena, self.arena.barrier
+        times = [time.perf_counter()]
+        arena.progress(COMPUTE)
+        self._compute()
+        times.append(time.perf_counter())
+        barrier.wait()
+        times.append(time.perf_counter())
+        arena.progress(REDUCE)
+        self._reduce()
+        barrier.wait()
+        times.append(time.perf_counter())
+        arena.progress(UPDATE)
+        tail = arena.tails[0][0].copy()
+        self._update(tail)
+        barrier.wait()
+        times.append(time.perf_counter())
+        self._commit(tail, times)
+        self._flags[:] = tail[STOP], tail[SAVE]
+        self.step += 1
+
+    def _compute(self) -> None:
+        """Run this worker's micro-batches; gradients and sums end in its slot."""
+        job, step, rows = self.job, self.step, self._tail_rows
+        count = self.last - self.first
+        position = step * job.batch_size + self.first * job.micro_batch
+        indices = job.order.indices(position, count * job.micro_batch)
+        job.train.batch(indices, self._x, self._y)
+        shape = (count, job.micro_batch)
+        job.network.use(self._views[step & 1])
+        sums = job.network.loss_and_gradient(
+            self._x.reshape(shape + self._x.shape[1:]),
+            self._y.reshape(shape + self._y.shape[1:]),
+            Context(True, job.seed, step, self.first),
+        )
+        rows[:, LOSS], rows[:, WEIGHT], rows[:, CORRECT] = sums.loss, sums.weight, sums.correct
+        rows[0, STOP] = self.arena.stop_requested
+        if self.seat.rank == 0:
+            rows[0, SAVE] = self._save_is_late()
+        bad = np.flatnonzero(~np.isfinite(sums.loss))
+        self.arena.mark_bad(self.first + int(bad[0]) if len(bad) else -1)
+        self._tail.collect(0, (TAIL,), lambda low, high, out: np.copyto(out, rows[low:high]))
+
+    def _save_is_late(self) -> bool:
+        """Return whether the time between two saves is over; asked by rank 0, answered to all in the tail."""
+        every = self.job.checkpoint_every_seconds
+        return every is not None and time.monotonic() - self.saver.last_begun >= every
+
+    def _reduce(self) -> None:
+        """Add this worker's lane, then measure it while it is still in the cache."""
+        if self.blocks:
+            self._lane_sum.run()
+            low, high = self.lane
+            self.job.optimizer.measure(
+                self.arena.slots[0][0][low:high],
+                self.blocks,
+                self.arena.sums[self._first_block : self._first_block + len(self.blocks)],
+                offset=low,
+            )
+        if self.seat.local_rank == 0:
+            self._tail_sum.run()
+
+    def _update(self, tail: NDArray[np.float64]) -> None:
+        """Write the next generation of the lane and, by the host's first worker, of the scalars."""
+        arena, job, step = self.arena, self.job, self.step
+        accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail[LOSS])) and tail[WEIGHT] > 0
+        low, high = self.lane
+        current = {name: vector[low:high] for name, vector in arena.vectors(step).items()}
+        following = {name: vector[low:high] for name, vector in arena.vectors(step + 1).items()}
+        if accepted and high > low:
+            weight = float(tail[WEIGHT])
+            job.optimizer.apply(
+                arena.slots[0][0][low:high],
+                scale=norm.clip_factor(arena.sums, weight, job.clip_norm) / weight,
+                lr=job.schedule(step),
+                current=current,
+                following=following,
+                scratch=self._scratch,
+            )
+        elif not accepted:
+            for name, vector in following.items():
+                np.copyto(vector, current[name])
+        if self.seat.local_rank == 0:
+            self._update_scalars(tail, accepted)
+        if not accepted and arena.scalars(step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:
+            raise Diverged(self._describe_divergence())
+
+    def _update_scalars(self, tail: NDArray[np.float64], accepted: bool) -> None:
+        """Write the next generation of the scalar state."""
+        job, step = self.job, self.step
+        current, following = self.arena.scalars(step), self.arena.scalars(step + 1)
+        np.copyto(following, current)
+        if epoch_ends_at(step, len(job.train), job.batch_size):
+            following[[EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT]] = 0
+        following[SAMPLES] = (step + 1) * job.batch_size
+        if accepted:
+            following[[EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT]] += tail[[LOSS, WEIGHT, CORRECT]]
+            following[SKIPPED_IN_ROW] = 0
+        else:
+            following[[SKIPPED_IN_ROW, SKIPPED]] += 1
+
+    def _describe_divergence(self) -> str:
+        """Say which micro-batches and samples were not finite, and what to do."""
+        job = self.job
+        first = host_ranks(self.seat.host_sizes, self.seat.host).start
+        places = []
+        for worker, micro_batch in self.arena.bad_micro_batches():
+            start = self.step * job.batch_size + micro_batch * job.micro_batch
+            samples = job.order.indices(start, job.micro_batch)[:8]
+            places.append(f"worker {first + worker}, micro-batch {micro_batch}, samples {samples.tolist()} ...")
+        where = "; ".join(places) or "the gradient, while every loss is finite"
+        return (
+            f"the loss or the gradient was not finite {MAX_SKIPPED_IN_ROW} times in a row, "
+            f"last in step {self.step} ({where}); lower optimizer.lr, set optimizer.clip_norm, or look at those samples"
+        )
+
+    def _commit(self, tail: NDArray[np.float64], times: list[float]) -> None:
+        """Write the records of the step, then store the committed-step word, the last thing of all."""
+        job, step = self.job, self.step
+        if self.seat.rank == 0:
+            if job.log_samples:
+                self.records.samples(step, job.order.indices(step * job.batch_size, job.batch_size).tolist())
+            self.progress.step(step + 1, tail, times, self.records)
+        if self.seat.local_rank == 0:
+            self.arena.committed = step + 1
+
+    # What belongs to a committed step.
+
+    def _finish_step(self, stop: bool) -> None:
+        """Evaluate, record and save what is due at this step; then say that it is done."""
+        job, step, arena = self.job, self.step, self.arena
+        ends_epoch = epoch_ends_at(step, len(job.train), job.batch_size) or step >= job.total_steps
+        validation = self._evaluate() if ends_epoch and job.validation is not None else None
+        if self.seat.rank == 0:
+            if ends_epoch:
+                self.progress.epoch(step, arena.scalars(step), validation, self.records)
+            every = job.checkpoint_every_steps
+            if (every and step % every == 0) or self._flags[1] or stop or step >= job.total_steps:
+                arena.progress(SAVING)
+                self._save()
+                if stop or step >= job.total_steps:
+                    self.saver.wait_durable(step)
+                arena.saved = self.saver.saved_step
+        if self.seat.local_rank == 0:
+            arena.done = step
+
+    def _evaluate(self) -> dict[str, float | None]:
+        """Evaluate this worker's share of the validation batches; every worker returns the total."""
+        job, arena, seat = self.job, self.arena, self.seat
+        assert job.validation is not None, "nothing to evaluate"
+        arena.progress(EVALUATE)
+        job.network.use(self._views[self.step & 1])
+        count = num_batches(job.validation)
+        rows = arena.evaluation
+        arena.barrier.wait()
+        first, last = split_range(count, seat.size, seat.rank)
+        for index in range(first, last):
+            write_row(job.network, job.validation, index, rows[index])
+            arena.progress(EVALUATE)
+        arena.barrier.wait()
+        if self._transport is not None and seat.local_rank == 0:
+            self._gather_rows(self._transport, count)
+        arena.barrier.wait()
+        return summary(tree_total(rows[:count, :3]), len(job.validation), job.network.loss.kind)
+
+    def _gather_rows(self, transport: Transport, count: int) -> None:
+        """Swap the rows of this host for those of the others."""
+        sizes = self.seat.host_sizes
+        edges = [
+            (split_range(count, self.seat.size, ranks.start)[0], split_range(count, self.seat.size, ranks[-1])[1])
+            for ranks in (host_ranks(sizes, host) for host in range(len(sizes)))
+        ]
+        low, high = edges[self.seat.host]
+        transport.allgather(
+            self.arena.evaluation[low:high].copy(), [self.arena.evaluation[start:stop] for start, stop in edges]
+        )
+
+    def _tensors(self, step: int) -> dict[str, Array]:
+        """Return every tensor of the state after `step` steps by the name it has in a checkpoint."""
+        layout = self.job.network.layout
+        tensors: dict[str, Array] = {
+            f"{vector}/{name}": view
+            for vector, flat in self.arena.vectors(step).items()
+            for name, view in zip(layout.names, layout.views(flat), strict=True)
+        }
+        return tensors | {"scalars": self.arena.scalars(step)}
+
+    def _save(self) -> None:
+        """Begin to write the state of this step."""
+        seat = self.seat
+        world = {"world_size": seat.size, "hosts": len(seat.host_sizes)}
+        self.saver.save(self.step, self._tensors(self.step), self.job.metadata | {"world": world})
+
+    # The end.
+
+    def result(self, stopped: bool) -> dict[str, Any]:
+        """Return what rank 0 reports about the run."""
+        job, step, scalars = self.job, self.step, self.arena.scalars(self.step)
+        history = self.records.history()
+        validation = next((e for e in reversed(history) if e["kind"] == "validation"), None)
+        median = statistics.median(self.durations) if self.durations else float("nan")
+        tensors = self._tensors(step)
+        parameters = [array for name, array in tensors.items() if name.startswith("parameters/")]
+        measured = bool(self.durations)
+        return {
+            "status": "stopped" if stopped else "done",
+            "exit_code": 75 if stopped else 0,
+            "steps": step,
+            "epochs": epoch_of(step, len(job.train), job.batch_size),
+            "samples": int(scalars[SAMPLES]),
+            "seed": job.seed,
+            "parameters_sha256": checkpoint.parameters_sha256(parameters),
+            "state_sha256": checkpoint.state_sha256(tensors),
+            "train_loss": next((e["loss"] for e in reversed(history) if e["kind"] == "train"), None),
+            "validation": validation and {key: validation[key] for key in ("loss", "accuracy")},
+            "samples_per_second": job.batch_size / median if measured else None,
+            "step_ms_median": median * 1e3 if measured else None,
+            "skipped_steps": int(scalars[SKIPPED]),
+            "world_size": self.seat.size,
+            "hosts": len(self.seat.host_sizes),
+            "micro_batch": job.micro_batch,
+            "batch_size": job.batch_size,
+            "num_parameters": job.network.num_parameters,
+            "out": str(self.seat.admission.out),
+            "blas": job.metadata.get("environment", {}).get("blas"),
+        }
+
+    def close(self) -> None:
+        """Finish what is in flight and give back the arena; idempotent."""
+        if self.seat.rank == 0:
+            with contextlib.suppress(Exception):
+                self.saver.wait()
+            self.progress.close()
+        self.arena.close()

@@ -1,0 +1,97 @@
+"""Every layer, in shapes that a contract should hold for: a new layer adds a line here and is tested.
+
+Legend: name -> (how to make the layer, shape of a sample).  Sizes include 1 and primes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from distbp import nn
+from distbp.nn import Array, Context, Layer, Parameter, Shape
+
+LAYERS: dict[str, tuple[Callable[[], Layer], Shape]] = {
+    "linear": (lambda: nn.Linear(5), (7,)),
+    "linear without bias": (lambda: nn.Linear(3, bias=False), (4,)),
+    "linear of one output": (lambda: nn.Linear(1), (17,)),
+    "linear of one input": (lambda: nn.Linear(6), (1,)),
+    "linear, wide": (lambda: nn.Linear(64), (130,)),
+    "flatten": (nn.Flatten, (2, 3, 4)),
+    "flatten a scalar": (nn.Flatten, ()),
+    "relu": (nn.ReLU, (13,)),
+    "leaky relu": (lambda: nn.LeakyReLU(0.1), (13,)),
+    "tanh": (nn.Tanh, (3, 5)),
+    "sigmoid": (nn.Sigmoid, (13,)),
+    "gelu": (nn.GELU, (13,)),
+    "softmax": (nn.Softmax, (11,)),
+    "softmax of images": (nn.Softmax, (3, 4)),
+    "sequential": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(7), nn.Tanh(), nn.Linear(3)), (2, 3)),
+    "sequential of nothing": (nn.Sequential, (4,)),
+    "residual": (lambda: nn.Residual(nn.Sequential(nn.Linear(6), nn.GELU(), nn.Linear(5))), (5,)),
+    "parallel": (lambda: nn.Parallel(nn.Linear(3), nn.Sequential(nn.Linear(4), nn.Tanh()), nn.ReLU()), (5,)),
+    "nested": (
+        lambda: nn.Sequential(
+            nn.Linear(6),
+            nn.Residual(nn.Parallel(nn.Linear(2), nn.Sequential(nn.Sigmoid(), nn.Linear(4)))),
+            nn.LeakyReLU(),
+            nn.Linear(2),
+        ),
+        (5,),
+    ),
+    "mlp": (lambda: nn.mlp(outputs=10, hidden=(64, 32)), (8, 8)),
+}
+
+TRAINING = Context(training=True)
+
+
+def network_of(name: str) -> nn.Network:
+    """Return a network of the example `name` with a loss that takes any output shape."""
+    make, input_shape = LAYERS[name]
+    return nn.Network(make(), input_shape, nn.MeanSquaredError())
+
+
+def start(network: nn.Network, dtype: type = np.float32) -> Array:
+    """Give the network parameters away from zero and return their vector."""
+    vector = np.empty(network.layout.size, dtype)
+    network.initialise(vector, 3)
+    vector += 0.1 * np.random.default_rng(3).normal(size=vector.size)
+    network.use(network.views(vector))
+    return vector
+
+
+def random_stack(num_micro_batches: int, micro_batch: int, shape: Shape, seed: int = 1) -> Array:
+    """Return float32 standard normal values of shape (G, b, *shape)."""
+    values = np.random.default_rng(seed).normal(size=(num_micro_batches, micro_batch, *shape))
+    return values.astype(np.float32)
+
+
+class Recorder:
+    """A sink that keeps what each leaf wrote, asked in one piece and micro-batch by micro-batch."""
+
+    def __init__(self, num_micro_batches: int) -> None:
+        self.num_micro_batches = num_micro_batches
+        self.whole: dict[str, Array] = {}
+        self.single: dict[str, Array] = {}
+        self.order: list[str] = []
+
+    def __call__(self, parameter: Parameter, leaf: nn.Leaf) -> None:
+        G = self.num_micro_batches
+        self.order.append(parameter.name)
+        # NaN shows a leaf that does not write everything.
+        whole = np.full((G, *parameter.shape), np.nan, parameter.value.dtype)
+        single = np.full((G, *parameter.shape), np.nan, parameter.value.dtype)
+        leaf(0, G, whole)
+        for g in range(G):
+            leaf(g, g + 1, single[g : g + 1])
+        self.whole[parameter.name] = whole
+        self.single[parameter.name] = single
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Return whether two arrays have the same shape, dtype and bits."""
+    word = {4: np.uint32, 8: np.uint64}[a.dtype.itemsize]
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(np.array_equal(np.ascontiguousarray(a).view(word), np.ascontiguousarray(b).view(word)))
