@@ -30,7 +30,8 @@ SIZE_LIMIT_BYTES = 1_000_000
 # the marks between keys and values are counted first, and keys of more than 8 parts are not parsed.
 MARKS = "=,.[{:"
 MARK_LIMIT = 40_000
-_TEXT_OR_COMMENT = re.compile(r""""(?:[^"\\\n]|\\.)*+"|'[^'\n]*+'|\#[^\n]*+""")
+# A text that is not closed ends with its line, so that no character is looked at twice.
+_TEXT_OR_COMMENT = re.compile(r""""(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|\#[^\n]*+""")
 _LONG_DOTTED_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"")[ \t]*+\.[ \t]*+){8}""")
 
 # Names that the launcher sets for its workers; they are no part of the configuration.

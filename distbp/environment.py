@@ -1,10 +1,11 @@
-"""What the machine and the software are: recorded in every checkpoint, compared at resume and between workers.
+"""What machine and software are: recorded in every checkpoint, compared at resume and between workers.
 
 Only what can decide about bits, or what a person needs to repeat the run, is listed.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 from typing import Any
@@ -27,7 +28,7 @@ def thread_variables(threads: int) -> dict[str, str]:
 
 
 def limit_threads(threads: int) -> Any:
-    """Limit BLAS to `threads` threads in this process; the returned object undoes it (`restore_original_limits`)."""
+    """Limit BLAS to `threads` threads here; `restore_original_limits()` of the returned object undoes it."""
     import threadpoolctl
 
     return threadpoolctl.threadpool_limits(threads, user_api="blas")
@@ -59,7 +60,8 @@ def describe_environment() -> dict[str, Any]:
 def _cpu_features() -> list[str]:
     """Return the CPU features that NumPy's own loops use here, as NumPy names them."""
     try:
-        from numpy._core._multiarray_umath import __cpu_features__ as features
-    except ImportError:  # A private name: another NumPy may have moved it, and the record does without.
+        umath = importlib.import_module("numpy._core._multiarray_umath")
+        features: dict[str, bool] = umath.__cpu_features__
+    except (ImportError, AttributeError):  # Private names: a NumPy that moved them is recorded without.
         return []
     return sorted(name for name, present in features.items() if present)

@@ -88,7 +88,6 @@ class Trainer:
         micro_batch: int | None = None,
         seed: int = 0,
         threads: int = 1,
-        verify_environment: dict[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.loss = build_loss(loss) if isinstance(loss, str) else loss
@@ -124,7 +123,7 @@ class Trainer:
         name: str = "fit",
         metadata: dict[str, Any] | None = None,
         config_toml: str = "",
-        banner: Callable[[Seat], str] | None = None,
+        banner: Callable[[Job, Seat], str] | None = None,
         members: Membership | None = None,
     ) -> History:
         """Train on `train`, an `ArrayDataset` or `(x, y)`, and return the history; all workers call this.
@@ -135,28 +134,28 @@ class Trainer:
         members = membership() if members is None else members
         train_data = _dataset(train)
         validation = None if val is None else _dataset(val)
-        self._check_targets(train_data)
-        network = self._build(train_data)
         limits = limit_threads(self.threads)
         try:
-            total_steps = steps_of(epochs, len(train_data), self.batch_size, max_steps)
-            plan = self._plan(network, train_data, validation, total_steps, members.size)
-            plan = _with(
-                plan,
-                name=name,
-                out=None if out is None else str(Path(out).absolute()),
+            plan = self.plan(
+                train_data,
+                validation,
+                workers=members.size,
+                epochs=epochs,
+                max_steps=max_steps,
+                out=out,
                 resume=resume,
                 max_restarts=max_restarts,
+                log_samples=log_samples,
+                name=name,
                 config_toml=config_toml,
-                free={"epochs": epochs, "max_steps": max_steps, "log_samples": log_samples},
             )
             seat = members.join(plan)
             if isinstance(seat, dict):
                 return self._replay(seat)
             job = Job(
-                network=network,
+                network=self._build(train_data),
                 optimizer=self.optimizer,
-                schedule=lambda step: self.schedule(step, total_steps),
+                schedule=lambda step: self.schedule(step, plan.total_steps),
                 clip_norm=self.clip_norm,
                 train=train_data,
                 validation=validation,
@@ -164,13 +163,12 @@ class Trainer:
                 seed=self.seed,
                 batch_size=self.batch_size,
                 micro_batch=self.micro_batch,
-                total_steps=total_steps,
+                total_steps=plan.total_steps,
                 checkpoint_every_steps=checkpoint_every_steps,
                 checkpoint_every_seconds=checkpoint_every_seconds,
                 keep=keep,
                 log_samples=log_samples,
-                metadata=dict(metadata or {})
-                | {"identity": plan.identity, "environment": plan.environment},
+                metadata=dict(metadata or {}) | {"identity": plan.identity, "environment": plan.environment},
                 **({} if banner is None else {"banner": banner}),
             )
             return self._train(members, seat, job)
@@ -179,6 +177,73 @@ class Trainer:
             close = getattr(members, "close", None)
             if close is not None:
                 close()
+
+    def plan(
+        self,
+        train: ArrayDataset,
+        validation: ArrayDataset | None,
+        *,
+        workers: int,
+        epochs: int,
+        max_steps: int | None = None,
+        out: str | Path | None = None,
+        resume: str = "auto",
+        max_restarts: int = 10,
+        log_samples: bool = False,
+        name: str = "fit",
+        config_toml: str = "",
+        **ignored: Any,
+    ) -> Plan:
+        """Return the plan of a call of `fit` with these arguments, for all workers to compare.
+
+        Raises `ConfigError` for what does not fit together.
+        """
+        self._check_targets(train)
+        network = self._build(train)
+        micro_batches = self.batch_size // self.micro_batch
+        if workers > micro_batches:
+            raise ConfigError(too_many_workers(workers, self.batch_size, self.micro_batch))
+        limits = limit_threads(self.threads)
+        environment = describe_environment()
+        limits.restore_original_limits()
+        return Plan(
+            name=name,
+            out=None if out is None else str(Path(out).absolute()),
+            resume=resume,
+            identity=self._identity(network, train, validation),
+            free={"epochs": epochs, "max_steps": max_steps, "log_samples": log_samples},
+            micro_batches=micro_batches,
+            total_steps=steps_of(epochs, len(train), self.batch_size, max_steps),
+            size=network.layout.size,
+            vectors=("parameters", *self.optimizer.vectors),
+            sums=len(norm.blocks(network.layout.borders())),
+            evaluation_rows=0 if validation is None else evaluation.num_batches(validation),
+            tail=TAIL,
+            scalars=SCALARS,
+            max_restarts=max_restarts,
+            config_toml=config_toml,
+            environment=environment,
+        )
+
+    def _identity(
+        self, network: Network, train: ArrayDataset, validation: ArrayDataset | None
+    ) -> dict[str, Any]:
+        """Return everything that decides about bits, as JSON values."""
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "micro_batch": self.micro_batch,
+            "input_shape": list(network.input_shape),
+            "model": describe_layer(self.model),
+            "layout": network.layout.digest(),
+            "loss": describe_options(self.loss),
+            "optimizer": describe_options(self.optimizer),
+            "schedule": describe_options(self.schedule),
+            "clip_norm": self.clip_norm,
+            "threads": self.threads,
+            "train_data": fingerprint(train),
+            "validation_data": None if validation is None else fingerprint(validation),
+        }
 
     def evaluate(self, data: Data) -> dict[str, float | None]:
         """Return `{"loss", "accuracy"}` of the trained model over `data`; every worker computes it alone."""
@@ -266,55 +331,6 @@ class Trainer:
                 f"got {data.y.dtype}; choose another loss"
             )
 
-    def _plan(
-        self,
-        network: Network,
-        train: ArrayDataset,
-        validation: ArrayDataset | None,
-        total_steps: int,
-        workers: int,
-    ) -> Plan:
-        """Return the plan that all workers compare, with everything that decides about bits."""
-        micro_batches = self.batch_size // self.micro_batch
-        if workers > micro_batches:
-            raise ConfigError(too_many_workers(workers, self.batch_size, self.micro_batch))
-        layout = network.layout
-        borders = [
-            (offset, int(np.prod(shape, dtype=np.int64)))
-            for offset, shape in zip(layout.offsets, layout.shapes, strict=True)
-        ]
-        identity = {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "micro_batch": self.micro_batch,
-            "input_shape": list(network.input_shape),
-            "model": describe_layer(self.model),
-            "layout": layout.digest(),
-            "loss": describe_options(self.loss),
-            "optimizer": describe_options(self.optimizer),
-            "schedule": describe_options(self.schedule),
-            "clip_norm": self.clip_norm,
-            "threads": self.threads,
-            "train_data": fingerprint(train),
-            "validation_data": None if validation is None else fingerprint(validation),
-        }
-        return Plan(
-            name="fit",
-            out=None,
-            resume="auto",
-            identity=identity,
-            free={},
-            micro_batches=micro_batches,
-            total_steps=total_steps,
-            size=layout.size,
-            vectors=("parameters", *self.optimizer.vectors),
-            sums=len(norm.blocks(borders)),
-            evaluation_rows=0 if validation is None else evaluation.num_batches(validation),
-            tail=TAIL,
-            scalars=SCALARS,
-            environment=describe_environment(),
-        )
-
 
 def too_many_workers(workers: int, batch_size: int, micro_batch: int) -> str:
     """Return the message for more workers than micro-batches, naming what would fit."""
@@ -395,10 +411,3 @@ def _dataset(data: Data) -> ArrayDataset:
             row = int(np.flatnonzero(~np.isfinite(part.reshape(len(part), -1)).all(axis=1))[0])
             raise DataError(f"{name} holds a value that is not finite, first in sample {row}; clean the data")
     return ArrayDataset(samples, targets)
-
-
-def _with(plan: Plan, **changes: Any) -> Plan:
-    """Return `plan` with some fields replaced."""
-    import msgspec
-
-    return msgspec.structs.replace(plan, **changes)

@@ -6,7 +6,7 @@ One step, from `DESIGN`'s point of view and in this file's names:
     barrier
     _reduce         lane owners: tree over the slots, over the hosts; sums for norms and the verdict
     barrier         now everybody knows the sums; nobody has written yet
-    _update         lane owners: write the NEXT generation of the lane (or copy the current one: a skipped step)
+    _update         lane owners: write the NEXT generation of the lane (a skipped step: copy the current one)
     barrier
     _commit         the host's first worker stores the committed-step word
 
@@ -26,7 +26,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ from distbp.reduce import LaneReduction, MicroBatchSum, tree_total
 from distbp.saver import Saver
 from distbp.transports.base import Transport, TransportAborted
 
-__all__ = ["SCALARS", "TAIL", "Job", "Worker", "epoch_of", "epoch_ends_at"]
+__all__ = ["SCALARS", "TAIL", "Job", "Worker", "epoch_ends_at", "epoch_of"]
 
 Array = NDArray[Any]
 
@@ -86,7 +86,7 @@ class Job:
     keep: int
     log_samples: bool
     metadata: dict[str, Any]
-    banner: Callable[[Seat], str] = field(default=lambda seat: "")
+    banner: Callable[[Job, Seat], str] = lambda job, seat: ""
 
     @property
     def micro_batches(self) -> int:
@@ -163,11 +163,7 @@ class Worker:
     def _build_lane(self) -> None:
         """Find this worker's lane: a run of the fixed blocks over which norms are summed."""
         layout = self.job.network.layout
-        borders = [
-            (offset, int(np.prod(shape, dtype=np.int64)))
-            for offset, shape in zip(layout.offsets, layout.shapes, strict=True)
-        ]
-        blocks = norm.blocks(borders)
+        blocks = norm.blocks(layout.borders())
         self.blocks, self.lane = [], (0, 0)
         if self.seat.local_rank < self.seat.lanes:
             self._first_block, last_block, *edges = split_blocks(
@@ -245,7 +241,7 @@ class Worker:
         root = holding[0] if holding else 0
         transport.broadcast(word, root)
         step = int(word[0])
-        arrays = [*self.arena.vectors(step).values(), self.arena.scalars(step)]
+        arrays: list[Array] = [*self.arena.vectors(step).values(), self.arena.scalars(step)]
         missing = self.arena.committed == EMPTY
         for array in arrays:
             transport.broadcast(array if missing or transport.rank == root else array.copy(), root)
@@ -263,7 +259,7 @@ class Worker:
         job.network.send_gradients_to(lambda p, leaf: trial.collect(p.offset, p.shape, leaf))
         job.network.loss_and_gradient(x[None], y[None], Context(True, job.seed, 0, 0))
         job.network.send_gradients_to(lambda p, leaf: self._gradient.collect(p.offset, p.shape, leaf))
-        digest = hashlib.sha256(np.ascontiguousarray(vector)).digest()
+        digest = hashlib.sha256(vector.tobytes()).digest()
         arena.digest(self.seat.local_rank)[:] = np.frombuffer(digest, np.uint8)
         arena.barrier.wait()
         digests = [bytes(arena.digest(worker)) for worker in range(arena.layout.workers)]
@@ -415,11 +411,14 @@ class Worker:
         for worker, micro_batch in self.arena.bad_micro_batches():
             start = self.step * job.batch_size + micro_batch * job.micro_batch
             samples = job.order.indices(start, job.micro_batch)[:8]
-            places.append(f"worker {first + worker}, micro-batch {micro_batch}, samples {samples.tolist()} ...")
+            places.append(
+                f"worker {first + worker}, micro-batch {micro_batch}, samples {samples.tolist()} ..."
+            )
         where = "; ".join(places) or "the gradient, while every loss is finite"
         return (
             f"the loss or the gradient was not finite {MAX_SKIPPED_IN_ROW} times in a row, "
-            f"last in step {self.step} ({where}); lower optimizer.lr, set optimizer.clip_norm, or look at those samples"
+            f"last in step {self.step} ({where}); lower optimizer.lr, set optimizer.clip_norm, or look at "
+            "those samples"
         )
 
     def _commit(self, tail: NDArray[np.float64], times: list[float]) -> None:
@@ -475,12 +474,16 @@ class Worker:
         """Swap the rows of this host for those of the others."""
         sizes = self.seat.host_sizes
         edges = [
-            (split_range(count, self.seat.size, ranks.start)[0], split_range(count, self.seat.size, ranks[-1])[1])
+            (
+                split_range(count, self.seat.size, ranks.start)[0],
+                split_range(count, self.seat.size, ranks[-1])[1],
+            )
             for ranks in (host_ranks(sizes, host) for host in range(len(sizes)))
         ]
         low, high = edges[self.seat.host]
         transport.allgather(
-            self.arena.evaluation[low:high].copy(), [self.arena.evaluation[start:stop] for start, stop in edges]
+            self.arena.evaluation[low:high].copy(),
+            [self.arena.evaluation[start:stop] for start, stop in edges],
         )
 
     def _tensors(self, step: int) -> dict[str, Array]:

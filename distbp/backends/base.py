@@ -93,7 +93,9 @@ class Seat:
     @property
     def host(self) -> int:
         """Return the number of this worker's host."""
-        return next(host for host in range(len(self.host_sizes)) if self.rank in host_ranks(self.host_sizes, host))
+        return next(
+            host for host in range(len(self.host_sizes)) if self.rank in host_ranks(self.host_sizes, host)
+        )
 
     @property
     def local_rank(self) -> int:

@@ -71,7 +71,7 @@ class LocalJob:
     """A job of `nproc` workers that all run `arguments`; `run` returns the exit code.
 
     `job` is sent to every worker as its first message together with `descriptor`, for programs that ask for
-    it.  `run_directory` may be handed over already open and locked.
+    it.  `admitted` is the run directory of the first call of `fit`, if it was already opened and locked.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class LocalJob:
         max_restarts: int = 10,
         job: dict[str, Any] | None = None,
         descriptor: int | None = None,
-        run_directory: RunDirectory | None = None,
+        admitted: tuple[RunDirectory, Admission] | None = None,
     ) -> None:
         if sys.platform != "linux":
             raise EnvironmentMismatch("the local backend needs Linux; use --backend serial here")
@@ -92,7 +92,7 @@ class LocalJob:
         self._threads = threads
         self._first_message = job
         self._descriptor = descriptor
-        self._runs = {} if run_directory is None else {run_directory.path: run_directory}
+        self._admitted = admitted
         self._state = coordinator.State(hosts=(0,) * nproc, max_restarts=max_restarts)
         self._processes: dict[int, _Process] = {}
         self._calls: list[_Call] = []
@@ -118,8 +118,7 @@ class LocalJob:
                 signal.signal(number, handler)
             for call in self._calls:
                 call.arena.close()
-            for run in self._runs.values():
-                run.close()
+                call.run.close()
             self._selector.close()
 
     # Signals.
@@ -284,11 +283,11 @@ class LocalJob:
 
     def _open_call(self, plan: Plan) -> _Call:
         """Open the run directory and make the arena for a new call of `fit`."""
-        run = next((run for run in self._runs.values() if plan.out is None or str(run.path) == plan.out), None)
-        if run is None or self._calls:
+        if self._admitted is not None and not self._calls:
+            run, admission = self._admitted
+        else:
             run = RunDirectory.open(plan.out, plan.name)
-            self._runs[run.path] = run
-        admission = run.admit(plan)
+            admission = run.admit(plan)
         arena = Arena.create(host_layout(plan, (self._nproc,), 0))
         while arena.announced_attempt < self._state.attempt:
             arena.park()

@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> int:
 
     members: LocalMembership = membership()  # type: ignore[assignment]
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: members.report_stop(number))
-    for number in early:
+        signal.signal(number, lambda received, frame: members.report_stop(received))
+    for noted in early:
         members.report_stop(number)
     return run_reporting(members, arguments)
 

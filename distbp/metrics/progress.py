@@ -41,7 +41,7 @@ class Progress:
         self._phases = np.zeros(4)
         self._steps = 0
         self._first = True
-        self._text = job.banner(seat)
+        self._text = job.banner(job, seat)
         self._rate = 0.0
         self._drawn = False
 
@@ -72,7 +72,7 @@ class Progress:
         validation: dict[str, float | None] | None,
         records: Records,
     ) -> None:
-        """Record the end of an epoch: the training loss over the epoch, and the validation if there is one."""
+        """Record the end of an epoch: the mean training loss, and the validation if there is one."""
         job = self._job
         common = self._position(step) | {"epoch_end": True}
         weight = scalars[_EPOCH_WEIGHT]

@@ -36,6 +36,10 @@ class Layout:
         description = json.dumps([[name, list(s)] for name, s in zip(self.names, self.shapes, strict=True)])
         return hashlib.sha256(description.encode()).hexdigest()
 
+    def borders(self) -> list[tuple[int, int]]:
+        """Return `(offset, length)` of each tensor in elements, without the padding that follows it."""
+        return [(offset, math.prod(shape)) for offset, shape in zip(self.offsets, self.shapes, strict=True)]
+
     def views(self, vector: Array) -> list[Array]:
         """Return a view of each tensor in the contiguous `vector` of shape (size,), in declaration order."""
         assert vector.shape == (self.size,), f"expected a vector of shape {(self.size,)}, got {vector.shape}"

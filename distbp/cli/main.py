@@ -1,0 +1,110 @@
+"""The `distbp` command: finds the subcommand, and turns errors into messages and exit codes.
+
+Subcommands are imported when they are called, so that `distbp --help` needs neither NumPy nor rich.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "config": "write, show and check configuration files",
+    "doctor": "say what works on this machine, and how to cure what does not",
+    "evaluate": "measure a trained model on a data set",
+    "inspect": "show what a checkpoint holds and whether it is whole",
+    "predict": "apply a trained model to new data",
+    "run": "run a script that uses the Python API on several workers",
+    "train": "train a model on a data set",
+}
+"""Name -> what it does.  The module `distbp.cli.<name>` holds a click command called `command`."""
+
+_HEAD = """Train neural networks on every core you have, with the same bits for any number of workers.
+
+\b
+  distbp train digits                          train on the built-in digits
+  distbp train data.csv --target price         train on a table
+  distbp run --nproc 4 train.py                run your own script on four workers
+"""
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a subcommand only when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"distbp.cli.{cmd_name}_command")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from distbp import __version__
+
+        click.echo(f"distbp {__version__}")
+        context.exit()
+
+
+@click.group(cls=_LazyGroup, help=_HEAD, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    callback=_print_version,
+    expose_value=False,
+    is_eager=True,
+    help="Show the version.",
+)
+def _group() -> None:
+    """Hold the subcommands."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the code that `errors.py` assigns to what happened."""
+    _stop_quietly_until_ready()
+    from distbp.errors import DistbpError
+
+    try:
+        code: Any = _group.main(arguments, prog_name="distbp", standalone_mode=False)
+    except DistbpError as error:
+        print(f"distbp: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop_quietly_until_ready() -> None:
+    """Give SIGUSR1 an answer while the program still starts: nothing has begun, so 75 is the truth."""
+
+    def stop(number: int, frame: object) -> None:
+        print("distbp: stopped on request before training began; run again", file=sys.stderr)
+        os._exit(75)
+
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""`distbp train`: everything is checked here, before any worker starts; then the backend takes over."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from distbp.config import Config, Resolved
+    from distbp.data import Prepared
+
+__all__ = ["command"]
+
+_FLAGS = {
+    "nproc": "run.nproc",
+    "backend": "run.backend",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "micro_batch": "train.micro_batch",
+    "seed": "seed",
+    "target": "data.target",
+    "out": "run.out",
+    "resume": "run.resume",
+}
+"""Flag -> the configuration key that it sets."""
+
+
+@click.command(help="Train a model on DATA: a file, a directory, or the built-in name 'digits'.")
+@click.argument("data", required=False)
+@click.option("-c", "--config", "file", type=click.Path(), help="Configuration file, TOML or JSON.")
+@click.option(
+    "-o", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set one configuration key."
+)
+@click.option("--nproc", help="Number of workers.  [default: cores, at most batch-size / micro-batch]")
+@click.option("--backend", metavar="serial|local|mpi|ray", help="Who starts the workers.")
+@click.option("--epochs", help="Passes over the training data.")
+@click.option("--batch-size", help="Samples of one step, over all workers.")
+@click.option("--micro-batch", help="Samples computed at once; divides the batch size.")
+@click.option("--seed", help="Selects initial weights, sample order and split.")
+@click.option("--target", metavar="COLUMN", help="Column of a table that is to be predicted.")
+@click.option("--out", metavar="DIR", help="Run directory.  [default: runs/DATA-MODEL-DATE-TIME]")
+@click.option("--resume", metavar="auto|never|CHECKPOINT", help="What to begin from.  [default: auto]")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, and start nothing.")
+def command(
+    data: str | None, file: str | None, overrides: tuple[str, ...], dry_run: bool, **flags: str | None
+) -> int:
+    """Resolve, check, and train."""
+    config = read_config(data, file, overrides, flags).config
+    from distbp.cli.job import load_data
+
+    return train(config, load_data(config), dry_run=dry_run)
+
+
+def read_config(
+    data: str | None, file: str | None, overrides: tuple[str, ...], flags: dict[str, str | None]
+) -> Resolved:
+    """Join all sources of configuration; the values of flags are read as those of `-o` are."""
+    from distbp.config import resolve
+    from distbp.errors import ConfigError
+
+    given: dict[str, object] = {
+        _FLAGS[name]: int(value) if value.lstrip("+-").isdigit() and name not in ("target", "out") else value
+        for name, value in flags.items()
+        if value is not None
+    }
+    if data is not None:
+        given["data.path"] = data
+    resolved = resolve(
+        file=Path(file) if file else None, environment=os.environ, flags=given, overrides=overrides
+    )
+    if not resolved.config.data.path:
+        raise ConfigError("no data: name a file, a directory or 'digits', as in: distbp train digits")
+    return resolved
+
+
+def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
+    """Check what is left to check, start the workers, and say how it ended."""
+    from distbp.cli.job import build_trainer, fit, fit_options, pack_job, run_name
+    from distbp.run_directory import RunDirectory, default_name
+
+    backend, nproc = choose_workers(config)
+    trainer = build_trainer(config, prepared.preprocessing)
+    out = str(Path(config.run.out or default_name(run_name(config))).absolute())
+    options = fit_options(config, prepared.preprocessing, out)
+    plan = trainer.plan(prepared.train, prepared.validation, workers=nproc, **options)
+    if dry_run:
+        describe_plan(config, backend, nproc, plan)
+        return 0
+    run = RunDirectory.open(out, run_name(config))
+    try:
+        admission = run.admit(plan)
+        if admission.result is not None:
+            print(f"the run in {out} is already finished", file=sys.stderr)
+            return report(Path(out))
+        if backend == "serial":
+            run.close()
+            fit(config, prepared, out)
+            return report(Path(out))
+        from distbp.backends.local import LocalJob
+
+        packed = pack_job(config, prepared, out)
+        job = LocalJob(
+            [],
+            nproc,
+            threads=config.run.threads,
+            max_restarts=config.run.max_restarts,
+            job=packed.message,
+            descriptor=packed.descriptor,
+            admitted=(run, admission),
+        )
+        code = job.run()
+    finally:
+        run.close()
+    return report(Path(out)) if code == 0 else code
+
+
+def choose_workers(config: Config) -> tuple[str, int]:
+    """Return backend and number of workers; warn when there are more workers than cores."""
+    from distbp.environment import available_cores
+    from distbp.errors import ConfigError
+    from distbp.partition import default_micro_batch
+
+    backend = config.run.backend
+    if backend in ("mpi", "ray"):
+        raise ConfigError(f"run.backend {backend!r} is not part of this version; use 'local' or 'serial'")
+    if backend == "auto":
+        backend = "local" if sys.platform == "linux" else "serial"
+    micro_batch = config.train.micro_batch or default_micro_batch(config.train.batch_size)
+    cores = max(1, available_cores() // config.run.threads)
+    nproc = config.run.nproc or min(cores, config.train.batch_size // micro_batch)
+    if backend == "serial":
+        if config.run.nproc not in (None, 1):
+            raise ConfigError(f"--backend serial is one worker, got --nproc {nproc}; use --backend local")
+        nproc = 1
+    if nproc * config.run.threads > available_cores():
+        print(
+            f"distbp: W_MORE_WORKERS_THAN_CORES {nproc} workers x {config.run.threads} threads on "
+            f"{available_cores()} cores: they will take turns; --nproc {cores} is faster",
+            file=sys.stderr,
+        )
+    return backend, nproc
+
+
+def describe_plan(config: Config, backend: str, nproc: int, plan: Any) -> None:
+    """Print what would be done."""
+    from distbp.config import to_toml
+
+    print(to_toml(config), end="")
+    print(
+        f"# {nproc} worker{'s' if nproc > 1 else ''}, backend {backend}, {plan.micro_batches} micro-batches, "
+        f"{plan.total_steps} steps, {plan.size:,} parameters with padding; nothing was started"
+    )
+
+
+def report(out: Path) -> int:
+    """Say how the run ended, where it lies, and what to do next."""
+    result = json.loads((out / "result.json").read_text())
+    validation = result["validation"] or {}
+    parts = [f"{result['epochs']} epochs, {result['steps']} steps in {result['wall_seconds']:.1f} s"]
+    if result["samples_per_second"]:
+        parts.append(f"{result['samples_per_second']:,.0f} samples/s")
+    if result["train_loss"] is not None:
+        parts.append(f"training loss {result['train_loss']:.4f}")
+    if validation.get("loss") is not None:
+        parts.append(f"validation loss {validation['loss']:.4f}")
+    if validation.get("accuracy") is not None:
+        parts.append(f"validation accuracy {validation['accuracy']:.4f}")
+    if result["restarts"]:
+        parts.append(f"{result['restarts']} lost workers replaced")
+    print(", ".join(parts))
+    shown = os.path.relpath(out)
+    print(f"run {shown}   parameters {result['parameters_sha256'][:16]}")
+    print(f"next: distbp predict {shown} DATA -o predictions.csv")
+    return int(result["exit_code"])
