@@ -29,7 +29,7 @@ __all__ = sorted(_HOMES)
 if TYPE_CHECKING:
     from distbp import nn as nn
     from distbp.api import load_data as load_data
-    from distbp.api import print as print
+    from distbp.api import print as print  # noqa: A004  It is meant to stand in for print.
     from distbp.api import rank as rank
     from distbp.api import size as size
     from distbp.data import ArrayDataset as ArrayDataset

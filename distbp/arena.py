@@ -291,7 +291,7 @@ class Arena:
             if attempt == announced and attempt > self.barrier.attempt:
                 self.barrier.begin_attempt(attempt)
                 return attempt
-            if announced != told:
+            if announced != told and announced > self.barrier.attempt:
                 told, until = announced, time.monotonic() + deadline_s
                 parked(announced)
             nap(self._address + 4 * ATTEMPT_WORD, attempt)

@@ -34,6 +34,7 @@ from distbp.arena import EMPTY
 __all__ = [
     "GOOD_STEPS",
     "Action",
+    "Broken",
     "End",
     "Event",
     "Failed",
@@ -75,6 +76,14 @@ class Lost:
     cause: str
     step: int = EMPTY
     saved: int = EMPTY
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Event: worker `rank` lost a connection to another host in `attempt`; nobody is known to be dead."""
+
+    rank: int
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -150,13 +159,17 @@ class End:
     message: str = ""
 
 
-Event = Parked | Lost | Words | Failed | Left
+Event = Parked | Lost | Broken | Words | Failed | Left
 Action = Park | Start | ReadWords | SetWord | Release | End
 
 
 @dataclass(frozen=True)
 class State:
-    """What the coordinator knows.  `hosts[rank]` is the host of each worker; worker count never changes."""
+    """What the coordinator knows.  `hosts[rank]` is the host of each worker; worker count never changes.
+
+    `deaths` holds `(rank, step, times)`: how often a worker died in the step in which it died last.  `asked`
+    says that the words are being read.
+    """
 
     hosts: tuple[int, ...]
     max_restarts: int = 10
@@ -166,7 +179,9 @@ class State:
     restarts: int = 0
     restarts_without_progress: int = 0
     progress_mark: tuple[int, int] = (EMPTY, EMPTY)
-    deaths: tuple[tuple[int, int], ...] = ()
+    deaths: tuple[tuple[int, int, int], ...] = ()
+    lost_since_release: frozenset[int] = frozenset()
+    asked: bool = False
     exit_code: int = 0
     ended: bool = False
 
@@ -179,6 +194,8 @@ def decide(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
         return _replace_lost(state, event)
     if isinstance(event, Parked):
         return _note_parked(state, event)
+    if isinstance(event, Broken):
+        return _part(state, event)
     if isinstance(event, Words):
         return _agree(state, event)
     if isinstance(event, Failed):
@@ -189,7 +206,7 @@ def decide(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
 def _replace_lost(state: State, event: Lost) -> tuple[State, tuple[Action, ...]]:
     """Announce the next attempt and start a replacement, or give up."""
     state = _count_restart(state, event)
-    same_step = sum(death == (event.rank, event.step) for death in state.deaths)
+    same_step = next(times for rank, _, times in state.deaths if rank == event.rank)
     if same_step >= _SAME_STEP_LIMIT or state.restarts_without_progress > state.max_restarts:
         times = (
             f"{same_step} times in step {event.step}"
@@ -201,23 +218,44 @@ def _replace_lost(state: State, event: Lost) -> tuple[State, tuple[Action, ...]]
             "look for the cause in its log before running again"
         )
         return replace(state, ended=True, exit_code=70), (End(70, message),)
-    attempt = state.attempt + 1
-    state = replace(state, attempt=attempt, parked=frozenset(), left=state.left - {event.rank})
-    return state, (Park(attempt), Start(event.rank))
+    state = _announce(replace(state, left=state.left - {event.rank}))
+    return state, (Park(state.attempt), Start(event.rank))
+
+
+def _announce(state: State) -> State:
+    """Begin the next attempt: nobody is parked in it yet."""
+    return replace(state, attempt=state.attempt + 1, parked=frozenset(), asked=False)
+
+
+def _part(state: State, event: Broken) -> tuple[State, tuple[Action, ...]]:
+    """Let everybody park and open new connections; one announcement is enough for all who report it."""
+    if event.attempt != state.attempt:
+        return state, ()
+    state = _announce(state)
+    return state, (Park(state.attempt),)
 
 
 def _count_restart(state: State, event: Lost) -> State:
-    """Count the loss; enough steps or a new checkpoint since the last one begin the count anew."""
+    """Count the loss; enough steps or a new checkpoint since the last one begin the count anew.
+
+    Several workers lost before anybody was released again, a whole host say, are one restart; a worker lost
+    twice meanwhile is two.
+    """
+    died_in = {rank: (step, times) for rank, step, times in state.deaths}
+    last_step, times = died_in.get(event.rank, (event.step, 0))
+    died_in[event.rank] = (event.step, times + 1 if last_step == event.step else 1)
+    state = replace(state, deaths=tuple((rank, *death) for rank, death in sorted(died_in.items())))
+    if state.lost_since_release and event.rank not in state.lost_since_release:
+        return replace(state, lost_since_release=state.lost_since_release | {event.rank})
     step, saved = state.progress_mark
     progressed = event.step >= step + GOOD_STEPS or event.saved > saved
     count = 1 if progressed and state.restarts else state.restarts_without_progress + 1
-    mark = (event.step, event.saved) if progressed or not state.restarts else state.progress_mark
     return replace(
         state,
         restarts=state.restarts + 1,
         restarts_without_progress=count,
-        progress_mark=mark,
-        deaths=(*state.deaths[-2 * _SAME_STEP_LIMIT :], (event.rank, event.step)),
+        progress_mark=(event.step, event.saved) if progressed or not state.restarts else state.progress_mark,
+        lost_since_release=state.lost_since_release | {event.rank},
     )
 
 
@@ -226,16 +264,16 @@ def _note_parked(state: State, event: Parked) -> tuple[State, tuple[Action, ...]
     if event.attempt != state.attempt:
         return state, ()
     parked = state.parked | {event.rank}
-    state = replace(state, parked=parked)
     everybody = len(parked) == len(state.hosts)
+    state = replace(state, parked=parked, asked=everybody)
     return state, (ReadWords(state.attempt),) if everybody else ()
 
 
 def _agree(state: State, event: Words) -> tuple[State, tuple[Action, ...]]:
     """Apply rules 3 and 4: the least step that is held, given to whoever holds none."""
-    if event.attempt != state.attempt:
+    if event.attempt != state.attempt or not state.asked:
         return state, ()
-    state = replace(state, parked=frozenset())
+    state = replace(state, parked=frozenset(), asked=False, lost_since_release=frozenset())
     holding = [host for host, step in enumerate(event.held) if step != EMPTY]
     if not holding:
         return state, (Release(state.attempt),)
@@ -251,7 +289,10 @@ def _agree(state: State, event: Words) -> tuple[State, tuple[Action, ...]]:
 
 
 def _note_left(state: State, event: Left) -> tuple[State, tuple[Action, ...]]:
-    """Note a goodbye; the last one ends the job with the highest code that was given."""
+    """Note a goodbye; the last one ends the job with the highest code that was given.
+
+    A backend lets nobody leave before the result of the call is recorded: a worker that is gone cannot park.
+    """
     state = replace(state, left=state.left | {event.rank}, exit_code=max(state.exit_code, event.exit_code))
     if len(state.left) < len(state.hosts):
         return state, ()

@@ -26,11 +26,12 @@ from distbp.backends.base import CallFinished, Membership, Plan, Seat
 from distbp.data import ArrayDataset, Order, fingerprint
 from distbp.environment import describe_environment, limit_threads
 from distbp.errors import ConfigError, DataError, InputMissing, Stopped
+from distbp.job import SCALARS, TAIL, Job
 from distbp.metrics.records import Records
 from distbp.nn import Layer, Loss, Network, build_loss
 from distbp.optim import SGD, Optimizer, Schedule, norm
 from distbp.partition import default_micro_batch
-from distbp.worker import SCALARS, TAIL, Job, Worker
+from distbp.worker import Worker
 
 __all__ = ["History", "Trainer", "find_checkpoint", "membership", "steps_of"]
 

@@ -10,7 +10,7 @@ One step, from `DESIGN`'s point of view and in this file's names:
     barrier
     _commit         the host's first worker stores the committed-step word
 
-and after a step at which something is due, `_finish_step`: evaluation by all, records and a save by rank 0.
+and after a step at which something is due, what `after_step.py` does: evaluation, records, a save.
 
 A worker takes its generation from its own step counter.  It reads the committed-step word only at the gate,
 so a store by a writer that dies between the barrier and the store cannot mislead anyone.  A loss reaches the
@@ -21,87 +21,48 @@ What this file does not know: how workers are started, what a model is made of, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distbp import checkpoint
+from distbp import state
+from distbp.after_step import AfterStep
 from distbp.arena import EMPTY, Parked
 from distbp.backends.base import Seat, host_ranks
-from distbp.data import Dataset, Order
-from distbp.errors import Diverged, EnvironmentMismatch, WorkerLost
-from distbp.evaluation import num_batches, summary, write_row
-from distbp.metrics.progress import Progress
-from distbp.metrics.records import Records
-from distbp.nn import Context, Network
-from distbp.optim import Optimizer, norm
+from distbp.errors import Diverged, EnvironmentMismatch, TransportError
+from distbp.job import (
+    COMPUTE,
+    CORRECT,
+    EPOCH_CORRECT,
+    EPOCH_LOSS,
+    EPOCH_WEIGHT,
+    LOSS,
+    MAX_SKIPPED_IN_ROW,
+    REDUCE,
+    SAMPLES,
+    SAVE,
+    SKIPPED,
+    SKIPPED_IN_ROW,
+    STOP,
+    TAIL,
+    UPDATE,
+    WEIGHT,
+    Job,
+    epoch_ends_at,
+)
+from distbp.nn import Context
+from distbp.optim import norm
 from distbp.optim.chunks import new_scratch
 from distbp.partition import split_blocks, split_range
-from distbp.reduce import LaneReduction, MicroBatchSum, tree_total
-from distbp.saver import Saver
+from distbp.reduce import LaneReduction, MicroBatchSum
 from distbp.transports.base import Transport, TransportAborted
 
-__all__ = ["SCALARS", "TAIL", "Job", "Worker", "epoch_ends_at", "epoch_of"]
+__all__ = ["Worker"]
 
 Array = NDArray[Any]
-
-LOSS, WEIGHT, CORRECT, STOP, SAVE = range(5)
-TAIL = 8
-"""Columns of the float64 tail that rides with the gradient; eight fill a cache line."""
-
-SAMPLES, EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT, SKIPPED_IN_ROW, SKIPPED = range(6)
-SCALARS = 8
-"""Places in the scalar state: the sample cursor, sums since the last epoch's end, skipped steps."""
-
-MAX_SKIPPED_IN_ROW = 3
-RECORD_EVERY_S = 0.2
-COMPUTE, REDUCE, UPDATE, EVALUATE, SAVING = range(1, 6)
-"""Phases that the arena's progress words name."""
-
-
-@dataclass
-class Job:
-    """What one call of `fit` trains: the parts, and the numbers that tie them together."""
-
-    network: Network
-    optimizer: Optimizer
-    schedule: Callable[[int], float]
-    clip_norm: float | None
-    train: Dataset
-    validation: Dataset | None
-    order: Order
-    seed: int
-    batch_size: int
-    micro_batch: int
-    total_steps: int
-    checkpoint_every_steps: int | None
-    checkpoint_every_seconds: float | None
-    keep: int
-    log_samples: bool
-    metadata: dict[str, Any]
-    banner: Callable[[Job, Seat], str] = lambda job, seat: ""
-
-    @property
-    def micro_batches(self) -> int:
-        """Return M, the number of micro-batches in a global batch."""
-        return self.batch_size // self.micro_batch
-
-
-def epoch_ends_at(step: int, samples: int, batch_size: int) -> bool:
-    """Return whether `step` steps are the first that complete some epoch."""
-    return step > 0 and (step * batch_size) // samples > ((step - 1) * batch_size) // samples
-
-
-def epoch_of(step: int, samples: int, batch_size: int) -> int:
-    """Return how many epochs `step` steps have completed."""
-    return step * batch_size // samples
 
 
 class Worker:
@@ -116,15 +77,7 @@ class Worker:
         self._build_gradient_path()
         self._build_lane()
         self._build_batches()
-        if seat.rank == 0:
-            self.records = Records(seat.admission.out)
-            self.progress = Progress(job, seat)
-            self.saver = Saver(
-                seat.admission.out / "checkpoints",
-                keep=job.keep,
-                start=seat.admission.start,
-                report=seat.report,
-            )
+        self.after = AfterStep(seat, job, self._views)
 
     def run(self) -> bool:
         """Train to the last step or to a requested stop, through any number of losses."""
@@ -137,10 +90,9 @@ class Worker:
                 stopped = self._train()
             except (Parked, TransportAborted):
                 continue
-            except WorkerLost:
-                # The other side noticed first; the coordinator may still be about to announce it.
-                if transport is None:
-                    raise
+            except TransportError:
+                # Somebody may be dead, and then the coordinator is about to say so; or a link broke.
+                self.seat.broken(attempt)
                 continue
             finally:
                 if transport is not None:
@@ -197,56 +149,17 @@ class Worker:
 
     def _prepare(self) -> None:
         """Bring every host to the same step, and make sure that all workers compute alike."""
+        arena, job, admission = self.arena, self.job, self.seat.admission
         if self._transport is not None and self.seat.local_rank == 0:
-            self._share_state(self._transport)
-        elif self.arena.committed == EMPTY and self.seat.rank == 0:
-            self._make_state()
+            state.share(arena, job, admission, self._transport)
+        elif arena.committed == EMPTY and self.seat.rank == 0:
+            state.begin(arena, job, admission)
         self.arena.barrier.wait()
         self.step = self.arena.committed
         self._compare_gradients()
         if self.seat.rank == 0:
-            self.records.cut(self.step, self.arena.done)
-            self.progress.begin(self.step)
-
-    def _make_state(self) -> None:
-        """Fill the arena from the checkpoint that was chosen, or with initial values; the word comes last."""
-        restore = self.seat.admission.restore
-        step = 0
-        if restore is None:
-            vectors = self.arena.vectors(0)
-            for name, vector in vectors.items():
-                vector.fill(0)
-                if name == "parameters":
-                    self.job.network.initialise(vector, self.job.seed)
-            self.arena.scalars(0).fill(0)
-        else:
-            snapshot = checkpoint.load(restore)
-            step = snapshot.step
-            for name, tensor in self._tensors(step).items():
-                np.copyto(tensor, snapshot.tensors[name], casting="no")
-        self.arena.done = step
-        self.arena.committed = step
-
-    def _share_state(self, transport: Transport) -> None:
-        """Give hosts without a state the state of one that has it; each stores its word last."""
-        word = np.array([self.arena.committed, self.arena.done], np.int64)
-        words = [np.empty_like(word) for _ in self.seat.host_sizes]
-        transport.allgather(word, words)
-        holding = [host for host, held in enumerate(words) if held[0] != EMPTY]
-        if not holding and transport.rank == 0:
-            self._make_state()
-            word[:] = self.arena.committed, self.arena.done
-        if len(holding) == len(words):
-            return
-        root = holding[0] if holding else 0
-        transport.broadcast(word, root)
-        step = int(word[0])
-        arrays: list[Array] = [*self.arena.vectors(step).values(), self.arena.scalars(step)]
-        missing = self.arena.committed == EMPTY
-        for array in arrays:
-            transport.broadcast(array if missing or transport.rank == root else array.copy(), root)
-        if missing:
-            self.arena.done, self.arena.committed = int(word[1]), step
+            self.after.records.cut(self.step, self.arena.done)
+            self.after.progress.begin(self.step)
 
     def _compare_gradients(self) -> None:
         """Compute micro-batch 0 of step 0 on every worker and compare the gradients' hashes."""
@@ -280,26 +193,24 @@ class Worker:
         job = self.job
         self._flags = np.zeros(2)
         while True:
-            stop = self._flags[0] > 0 and self.step < job.total_steps
-            if self._is_due() and self.arena.done < self.step:
-                self._finish_step(stop)
+            stop = bool(self._flags[0] > 0 and self.step < job.total_steps)
+            due = self.after.is_due(self.step) or bool(self._flags.any())
+            if due and self.arena.done < self.step:
+                save = bool(self._flags[1])
+                self.after.finish(self.step, save=save, stop=stop, transport=self._transport)
             if stop or self.step >= job.total_steps:
-                self.arena.barrier.wait()
-                return bool(stop)
+                self._meet_everybody()
+                return stop
             begun = time.perf_counter()
             self._make_step()
             self.durations.append(time.perf_counter() - begun)
 
-    def _is_due(self) -> bool:
-        """Return whether evaluation, a record of an epoch or a save belongs to the step just made."""
-        job, step = self.job, self.step
-        every = job.checkpoint_every_steps
-        return (
-            step >= job.total_steps
-            or epoch_ends_at(step, len(job.train), job.batch_size)
-            or bool(every and step and step % every == 0)
-            or bool(self._flags.any())
-        )
+    def _meet_everybody(self) -> None:
+        """Wait for every worker of every host: nobody may leave while another could still need it."""
+        self.arena.barrier.wait()
+        if self._transport is not None and self.seat.local_rank == 0:
+            self._transport.barrier()
+        self.arena.barrier.wait()
 
     def _make_step(self) -> None:
         """Make one step: the picture in the module docstring."""
@@ -348,7 +259,7 @@ class Worker:
     def _save_is_late(self) -> bool:
         """Return whether the time between two saves is over; asked by rank 0, answered to all in the tail."""
         every = self.job.checkpoint_every_seconds
-        return every is not None and time.monotonic() - self.saver.last_begun >= every
+        return every is not None and time.monotonic() - self.after.saver.last_begun >= every
 
     def _reduce(self) -> None:
         """Add this worker's lane, then measure it while it is still in the cache."""
@@ -426,120 +337,17 @@ class Worker:
         job, step = self.job, self.step
         if self.seat.rank == 0:
             if job.log_samples:
-                self.records.samples(step, job.order.indices(step * job.batch_size, job.batch_size).tolist())
-            self.progress.step(step + 1, tail, times, self.records)
+                indices = job.order.indices(step * job.batch_size, job.batch_size)
+                self.after.records.samples(step, indices.tolist())
+            self.after.progress.step(step + 1, tail, times, self.after.records)
         if self.seat.local_rank == 0:
             self.arena.committed = step + 1
 
-    # What belongs to a committed step.
-
-    def _finish_step(self, stop: bool) -> None:
-        """Evaluate, record and save what is due at this step; then say that it is done."""
-        job, step, arena = self.job, self.step, self.arena
-        ends_epoch = epoch_ends_at(step, len(job.train), job.batch_size) or step >= job.total_steps
-        validation = self._evaluate() if ends_epoch and job.validation is not None else None
-        if self.seat.rank == 0:
-            if ends_epoch:
-                self.progress.epoch(step, arena.scalars(step), validation, self.records)
-            every = job.checkpoint_every_steps
-            if (every and step % every == 0) or self._flags[1] or stop or step >= job.total_steps:
-                arena.progress(SAVING)
-                self._save()
-                if stop or step >= job.total_steps:
-                    self.saver.wait_durable(step)
-                arena.saved = self.saver.saved_step
-        if self.seat.local_rank == 0:
-            arena.done = step
-
-    def _evaluate(self) -> dict[str, float | None]:
-        """Evaluate this worker's share of the validation batches; every worker returns the total."""
-        job, arena, seat = self.job, self.arena, self.seat
-        assert job.validation is not None, "nothing to evaluate"
-        arena.progress(EVALUATE)
-        job.network.use(self._views[self.step & 1])
-        count = num_batches(job.validation)
-        rows = arena.evaluation
-        arena.barrier.wait()
-        first, last = split_range(count, seat.size, seat.rank)
-        for index in range(first, last):
-            write_row(job.network, job.validation, index, rows[index])
-            arena.progress(EVALUATE)
-        arena.barrier.wait()
-        if self._transport is not None and seat.local_rank == 0:
-            self._gather_rows(self._transport, count)
-        arena.barrier.wait()
-        return summary(tree_total(rows[:count, :3]), len(job.validation), job.network.loss.kind)
-
-    def _gather_rows(self, transport: Transport, count: int) -> None:
-        """Swap the rows of this host for those of the others."""
-        sizes = self.seat.host_sizes
-        edges = [
-            (
-                split_range(count, self.seat.size, ranks.start)[0],
-                split_range(count, self.seat.size, ranks[-1])[1],
-            )
-            for ranks in (host_ranks(sizes, host) for host in range(len(sizes)))
-        ]
-        low, high = edges[self.seat.host]
-        transport.allgather(
-            self.arena.evaluation[low:high].copy(),
-            [self.arena.evaluation[start:stop] for start, stop in edges],
-        )
-
-    def _tensors(self, step: int) -> dict[str, Array]:
-        """Return every tensor of the state after `step` steps by the name it has in a checkpoint."""
-        layout = self.job.network.layout
-        tensors: dict[str, Array] = {
-            f"{vector}/{name}": view
-            for vector, flat in self.arena.vectors(step).items()
-            for name, view in zip(layout.names, layout.views(flat), strict=True)
-        }
-        return tensors | {"scalars": self.arena.scalars(step)}
-
-    def _save(self) -> None:
-        """Begin to write the state of this step."""
-        seat = self.seat
-        world = {"world_size": seat.size, "hosts": len(seat.host_sizes)}
-        self.saver.save(self.step, self._tensors(self.step), self.job.metadata | {"world": world})
-
-    # The end.
-
     def result(self, stopped: bool) -> dict[str, Any]:
         """Return what rank 0 reports about the run."""
-        job, step, scalars = self.job, self.step, self.arena.scalars(self.step)
-        history = self.records.history()
-        validation = next((e for e in reversed(history) if e["kind"] == "validation"), None)
-        median = statistics.median(self.durations) if self.durations else float("nan")
-        tensors = self._tensors(step)
-        parameters = [array for name, array in tensors.items() if name.startswith("parameters/")]
-        measured = bool(self.durations)
-        return {
-            "status": "stopped" if stopped else "done",
-            "exit_code": 75 if stopped else 0,
-            "steps": step,
-            "epochs": epoch_of(step, len(job.train), job.batch_size),
-            "samples": int(scalars[SAMPLES]),
-            "seed": job.seed,
-            "parameters_sha256": checkpoint.parameters_sha256(parameters),
-            "state_sha256": checkpoint.state_sha256(tensors),
-            "train_loss": next((e["loss"] for e in reversed(history) if e["kind"] == "train"), None),
-            "validation": validation and {key: validation[key] for key in ("loss", "accuracy")},
-            "samples_per_second": job.batch_size / median if measured else None,
-            "step_ms_median": median * 1e3 if measured else None,
-            "skipped_steps": int(scalars[SKIPPED]),
-            "world_size": self.seat.size,
-            "hosts": len(self.seat.host_sizes),
-            "micro_batch": job.micro_batch,
-            "batch_size": job.batch_size,
-            "num_parameters": job.network.num_parameters,
-            "out": str(self.seat.admission.out),
-            "blas": job.metadata.get("environment", {}).get("blas"),
-        }
+        return self.after.result(self.step, stopped, self.durations)
 
     def close(self) -> None:
         """Finish what is in flight and give back the arena; idempotent."""
-        if self.seat.rank == 0:
-            with contextlib.suppress(Exception):
-                self.saver.wait()
-            self.progress.close()
+        self.after.close()
         self.arena.close()

@@ -1,8 +1,8 @@
 """The contract of a backend: who starts the workers, and how a worker finds its place.
 
-A backend has two sides.  The *launching side* starts processes, watches them and carries out what
-`coordinator.decide` says; it is a function of its own in each backend's file, because a launcher, a Ray driver
-and an `mpirun` have little in common.  The *worker's side* is a `Membership`: the one thing that the training
+A backend has two sides.  The *launching side* starts processes, watches them, and carries out what
+`coordinator.decide` says; each backend has its own, because a launcher, a Ray driver and an `mpirun` have
+little in common.  The *worker's side* is a `Membership`: the one thing that the training
 code sees.  It is the same for every backend, so the worker's loop is the same.
 
 A call of `fit` goes like this on every worker:
@@ -74,7 +74,8 @@ class Seat:
 
     `host_sizes[h]` counts the workers of host h; workers are numbered host by host.  `gate` waits parked and
     returns the attempt; `connect(attempt)` opens this worker's transport, None if it owns no lane or there is
-    one host; `report` sends a record to whoever keeps the job.
+    one host; `report` sends a record to whoever keeps the job; `broken` says that a connection of this
+    attempt failed while nobody is known to be dead.
     """
 
     rank: int
@@ -84,6 +85,7 @@ class Seat:
     gate: Callable[[], int]
     connect: Callable[[int], Transport | None]
     report: Callable[[dict[str, Any]], None]
+    broken: Callable[[int], None] = lambda attempt: None
 
     @property
     def size(self) -> int:

@@ -141,10 +141,8 @@ def _loss(config: Config, preprocessing: Preprocessing) -> Loss:
     natural = "cross_entropy" if preprocessing.task == "classification" else "mean_squared_error"
     name = natural if config.loss.name == "auto" else config.loss.name
     if name != natural:
-        raise ConfigError(
-            f"loss.name: the targets are {'classes' if natural == 'cross_entropy' else 'numbers'}, which needs "
-            f"{natural!r}, got {name!r}"
-        )
+        kind = "classes" if natural == "cross_entropy" else "numbers"
+        raise ConfigError(f"loss.name: the targets are {kind}, which needs {natural!r}, got {name!r}")
     return build_loss(
         name, label_smoothing=config.loss.label_smoothing, class_weights=config.loss.class_weights
     )

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda received, frame: members.report_stop(received))
     for noted in early:
-        members.report_stop(number)
+        members.report_stop(noted)
     return run_reporting(members, arguments)
 
 

@@ -10,7 +10,7 @@ from distbp.reduce import aligned_blocks
 
 if TYPE_CHECKING:
     from distbp.backends.base import Seat
-    from distbp.worker import Job
+    from distbp.job import Job
 
 __all__ = ["banner"]
 

@@ -14,19 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distbp.job import EPOCH_CORRECT, EPOCH_LOSS, EPOCH_WEIGHT, LOSS, WEIGHT
+
 if TYPE_CHECKING:
     from distbp.backends.base import Seat
+    from distbp.job import Job
     from distbp.metrics.records import Records
-    from distbp.worker import Job
 
 __all__ = ["Progress", "duration"]
 
 RECORD_EVERY_S = 0.2
 LINE_EVERY_S = 10.0
 _BAR_WIDTH = 24
-
-_LOSS, _WEIGHT, _CORRECT = range(3)
-_EPOCH_LOSS, _EPOCH_WEIGHT, _EPOCH_CORRECT = 1, 2, 3
 
 
 class Progress:
@@ -75,11 +74,11 @@ class Progress:
         """Record the end of an epoch: the mean training loss, and the validation if there is one."""
         job = self._job
         common = self._position(step) | {"epoch_end": True}
-        weight = scalars[_EPOCH_WEIGHT]
-        train: dict[str, Any] = {"loss": float(scalars[_EPOCH_LOSS] / weight) if weight else None}
+        weight = scalars[EPOCH_WEIGHT]
+        train: dict[str, Any] = {"loss": float(scalars[EPOCH_LOSS] / weight) if weight else None}
         if job.network.loss.kind == "classification":
             seen = max(1.0, self._epoch_samples(step))
-            train["accuracy"] = float(scalars[_EPOCH_CORRECT] / seen)
+            train["accuracy"] = float(scalars[EPOCH_CORRECT] / seen)
         records.metric({"kind": "train"} | common | train)
         if validation is not None:
             records.metric({"kind": "validation"} | common | validation)
@@ -105,8 +104,8 @@ class Progress:
 
     def _record(self, step: int, now: float, records: Records) -> None:
         """Write the means since the last record, and show them."""
-        steps, weight = self._steps, self._sums[_WEIGHT]
-        loss = float(self._sums[_LOSS] / weight) if weight else None
+        steps, weight = self._steps, self._sums[WEIGHT]
+        loss = float(self._sums[LOSS] / weight) if weight else None
         self._rate = steps * self._job.batch_size / max(now - self._since, 1e-9)
         names = ("compute", "wait", "reduce", "update")
         record = {"kind": "train"} | self._position(step)

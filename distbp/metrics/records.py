@@ -61,14 +61,15 @@ class Records:
         return [record for record in read_records(self._metrics) if record.get("epoch_end")]
 
     def cut(self, step: int, done: int) -> None:
-        """Drop what belongs to steps behind `step`, and epoch ends behind `done`."""
+        """Drop what lies behind `step`, and the epoch's end at `step` itself unless `done` has reached it."""
 
         def keep_metric(line: str) -> bool:
             try:
                 record = json.loads(line)
             except ValueError:
                 return False
-            return bool(record["step"] <= (done if record.get("epoch_end") else step))
+            finished = not record.get("epoch_end") or done >= step
+            return bool(record["step"] < step or (record["step"] == step and finished))
 
         def keep_samples(line: str) -> bool:
             return line.endswith("\n") and int(line.split("\t")[0]) < step

@@ -83,15 +83,11 @@ class ThreadsTransport:
 
     def alltoall(self, send: Sequence[Array], receive: Sequence[Array]) -> None:
         """Swap buffers with every host."""
-        self._begin()
-        for host, array in enumerate(send):
-            self._hub.send(self._operation, self.rank, host, array)
-        for host, array in enumerate(receive):
-            self._take("alltoall", host, array)
+        self._swap("alltoall", send, receive)
 
     def allgather(self, send: Array, receive: Sequence[Array]) -> None:
         """Give one buffer to every host and take theirs."""
-        self.alltoall([send] * self.size, receive)
+        self._swap("allgather", [send] * self.size, receive)
 
     def broadcast(self, array: Array, root: int) -> None:
         """Fill `array` from host `root`."""
@@ -106,7 +102,7 @@ class ThreadsTransport:
     def barrier(self) -> None:
         """Wait for every host."""
         token = np.empty(0, np.uint8)
-        self.alltoall([token] * self.size, [token] * self.size)
+        self._swap("barrier", [token] * self.size, [token] * self.size)
 
     def abort(self) -> None:
         """End this host's waits."""
@@ -114,6 +110,13 @@ class ThreadsTransport:
 
     def close(self) -> None:
         """Do nothing: the hub belongs to the test."""
+
+    def _swap(self, name: str, send: Sequence[Array], receive: Sequence[Array]) -> None:
+        self._begin()
+        for host, array in enumerate(send):
+            self._hub.send(self._operation, self.rank, host, array)
+        for host, array in enumerate(receive):
+            self._take(name, host, array)
 
     def _begin(self) -> None:
         self._operation += 1

@@ -1,0 +1,153 @@
+"""What belongs to a committed step: evaluation by all workers, records and a save by rank 0.
+
+It happens after the commit and has a done-word of its own: a worker that is lost meanwhile makes everybody
+come back here with the same state, and whatever was not said to be done is done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from typing import Any
+
+from numpy.typing import NDArray
+
+from distbp import checkpoint, state
+from distbp.backends.base import Seat, host_ranks
+from distbp.evaluation import num_batches, summary, write_row
+from distbp.job import EVALUATE, SAMPLES, SAVING, SKIPPED, Job, epoch_ends_at, epoch_of
+from distbp.metrics.progress import Progress
+from distbp.metrics.records import Records
+from distbp.partition import split_range
+from distbp.reduce import tree_total
+from distbp.saver import Saver
+from distbp.transports.base import Transport
+
+__all__ = ["AfterStep"]
+
+Array = NDArray[Any]
+
+
+class AfterStep:
+    """One worker's part of what follows a step; `records`, `progress` and `saver` exist on rank 0 only."""
+
+    def __init__(self, seat: Seat, job: Job, views: list[list[Array]]) -> None:
+        self.seat = seat
+        self.job = job
+        self.arena = seat.arena
+        self.views = views
+        if seat.rank == 0:
+            self.records = Records(seat.admission.out)
+            self.progress = Progress(job, seat)
+            self.saver = Saver(
+                seat.admission.out / "checkpoints",
+                keep=job.keep,
+                start=seat.admission.start,
+                report=seat.report,
+            )
+
+    def is_due(self, step: int) -> bool:
+        """Return whether evaluation, an epoch's record or a save belongs to `step` by the plan alone."""
+        return self._ends_epoch(step) or self._saves_at(step)
+
+    def finish(self, step: int, *, save: bool, stop: bool, transport: Transport | None) -> None:
+        """Evaluate, record and save what is due at `step`, or asked for; then say that it is done."""
+        job, arena = self.job, self.arena
+        ends_epoch = self._ends_epoch(step)
+        validation = None
+        if ends_epoch and job.validation is not None:
+            validation = self._evaluate(step, transport)
+        if self.seat.rank == 0:
+            if ends_epoch:
+                self.progress.epoch(step, arena.scalars(step), validation, self.records)
+            last = stop or step >= job.total_steps
+            if save or last or self._saves_at(step):
+                arena.progress(SAVING)
+                self._save(step)
+                if last:
+                    self.saver.wait_durable(step)
+                arena.saved = self.saver.saved_step
+        if self.seat.local_rank == 0:
+            arena.done = step
+
+    def result(self, step: int, stopped: bool, durations: list[float]) -> dict[str, Any]:
+        """Return what rank 0 reports about the run; `durations` are the seconds of each step."""
+        job, scalars = self.job, self.arena.scalars(step)
+        history = self.records.history()
+        validation = next((e for e in reversed(history) if e["kind"] == "validation"), None)
+        median = statistics.median(durations) if durations else None
+        tensors = state.named_tensors(self.arena, job, step)
+        parameters = [array for name, array in tensors.items() if name.startswith("parameters/")]
+        return {
+            "status": "stopped" if stopped else "done",
+            "exit_code": 75 if stopped else 0,
+            "steps": step,
+            "epochs": epoch_of(step, len(job.train), job.batch_size),
+            "samples": int(scalars[SAMPLES]),
+            "seed": job.seed,
+            "parameters_sha256": checkpoint.parameters_sha256(parameters),
+            "state_sha256": checkpoint.state_sha256(tensors),
+            "train_loss": next((e["loss"] for e in reversed(history) if e["kind"] == "train"), None),
+            "validation": validation and {key: validation[key] for key in ("loss", "accuracy")},
+            "samples_per_second": job.batch_size / median if median else None,
+            "step_ms_median": median * 1e3 if median else None,
+            "skipped_steps": int(scalars[SKIPPED]),
+            "world_size": self.seat.size,
+            "hosts": len(self.seat.host_sizes),
+            "micro_batch": job.micro_batch,
+            "batch_size": job.batch_size,
+            "num_parameters": job.network.num_parameters,
+            "out": str(self.seat.admission.out),
+            "blas": job.metadata["environment"]["blas"],
+        }
+
+    def close(self) -> None:
+        """Finish what is in flight; idempotent."""
+        if self.seat.rank == 0:
+            with contextlib.suppress(Exception):
+                self.saver.wait()
+            self.progress.close()
+
+    def _ends_epoch(self, step: int) -> bool:
+        """Return whether `step` completes an epoch, or the run."""
+        job = self.job
+        return step >= job.total_steps or epoch_ends_at(step, len(job.train), job.batch_size)
+
+    def _saves_at(self, step: int) -> bool:
+        """Return whether the plan has a checkpoint at `step`."""
+        every = self.job.checkpoint_every_steps
+        return bool(every and step and step % every == 0)
+
+    def _evaluate(self, step: int, transport: Transport | None) -> dict[str, float | None]:
+        """Evaluate this worker's share of the validation batches; every worker returns the total."""
+        job, arena, seat = self.job, self.arena, self.seat
+        assert job.validation is not None, "nothing to evaluate"
+        arena.progress(EVALUATE)
+        job.network.use(self.views[step & 1])
+        count = num_batches(job.validation)
+        rows = arena.evaluation
+        arena.barrier.wait()
+        for index in range(*split_range(count, seat.size, seat.rank)):
+            write_row(job.network, job.validation, index, rows[index])
+            arena.progress(EVALUATE)
+        arena.barrier.wait()
+        if transport is not None and seat.local_rank == 0:
+            self._gather_rows(transport, count)
+        arena.barrier.wait()
+        return summary(tree_total(rows[:count, :3]), len(job.validation), job.network.loss.kind)
+
+    def _gather_rows(self, transport: Transport, count: int) -> None:
+        """Swap the rows of this host for those of the others."""
+        size, rows = self.seat.size, self.arena.evaluation
+        shares = []
+        for host in range(len(self.seat.host_sizes)):
+            ranks = host_ranks(self.seat.host_sizes, host)
+            low, high = split_range(count, size, ranks[0])[0], split_range(count, size, ranks[-1])[1]
+            shares.append(rows[low:high])
+        transport.allgather(shares[self.seat.host].copy(), shares)
+
+    def _save(self, step: int) -> None:
+        """Begin to write the state of this step."""
+        world = {"world_size": self.seat.size, "hosts": len(self.seat.host_sizes)}
+        tensors = state.named_tensors(self.arena, self.job, step)
+        self.saver.save(step, tensors, self.job.metadata | {"world": world})

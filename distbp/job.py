@@ -1,0 +1,66 @@
+"""What one call of `fit` trains: the job, and the numbers of the step that several files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distbp.data import Dataset, Order
+from distbp.nn import Network
+from distbp.optim import Optimizer
+
+if TYPE_CHECKING:
+    from distbp.backends.base import Seat
+
+__all__ = ["SCALARS", "TAIL", "Job", "epoch_ends_at", "epoch_of"]
+
+LOSS, WEIGHT, CORRECT, STOP, SAVE = range(5)
+TAIL = 8
+"""Columns of the float64 tail that rides with the gradient; eight fill a cache line."""
+
+SAMPLES, EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT, SKIPPED_IN_ROW, SKIPPED = range(6)
+SCALARS = 8
+"""Places in the scalar state: the sample cursor, sums since the last epoch's end, skipped steps."""
+
+MAX_SKIPPED_IN_ROW = 3
+COMPUTE, REDUCE, UPDATE, EVALUATE, SAVING = range(1, 6)
+"""Phases that the arena's progress words name."""
+
+
+@dataclass
+class Job:
+    """What one call of `fit` trains: the parts, and the numbers that tie them together."""
+
+    network: Network
+    optimizer: Optimizer
+    schedule: Callable[[int], float]
+    clip_norm: float | None
+    train: Dataset
+    validation: Dataset | None
+    order: Order
+    seed: int
+    batch_size: int
+    micro_batch: int
+    total_steps: int
+    checkpoint_every_steps: int | None
+    checkpoint_every_seconds: float | None
+    keep: int
+    log_samples: bool
+    metadata: dict[str, Any]
+    banner: Callable[[Job, Seat], str] = lambda job, seat: ""
+
+    @property
+    def micro_batches(self) -> int:
+        """Return M, the number of micro-batches in a global batch."""
+        return self.batch_size // self.micro_batch
+
+
+def epoch_ends_at(step: int, samples: int, batch_size: int) -> bool:
+    """Return whether `step` steps are the first that complete some epoch."""
+    return step > 0 and (step * batch_size) // samples > ((step - 1) * batch_size) // samples
+
+
+def epoch_of(step: int, samples: int, batch_size: int) -> int:
+    """Return how many epochs `step` steps have completed."""
+    return step * batch_size // samples
