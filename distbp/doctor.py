@@ -445,7 +445,8 @@ def _first_line(*command: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=MPI_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return next((line.strip() for line in done.stdout.splitlines() if line.strip()), None)
+    lines = (" ".join(line.split()).rstrip(":") for line in done.stdout.splitlines())
+    return next((line for line in lines if line), None)
 
 
 def _family(version: str) -> str:

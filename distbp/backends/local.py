@@ -266,7 +266,8 @@ class LocalJob:
         if differing := _compare_plans(call.plan, plan):
             message = (
                 f"worker {rank} brought another plan than the first worker: {differing}; "
-                "every worker must run the same script with the same options and data"
+                "every worker must run the same script with the same options, data, NumPy, BLAS kernel "
+                "(OPENBLAS_CORETYPE) and CPU features (NPY_DISABLE_CPU_FEATURES)"
             )
             self._handle(coordinator.Failed(rank, 78, message))
             return

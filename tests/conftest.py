@@ -1,0 +1,102 @@
+"""What tests of several parts share: running the installed command, and finding its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+COMMAND = [sys.executable, "-m", "distbp.cli.main"]
+
+
+class Job:
+    """A `distbp` command that was started; everything that it left is ended when the test ends."""
+
+    def __init__(self, arguments, cwd, env):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DISTBP_")}
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)],
+            cwd=cwd,
+            env=environment | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.pid = self.process.pid
+
+    def workers(self):
+        """The worker processes that run now, by rank."""
+        found = {}
+        try:
+            children = psutil.Process(self.pid).children()
+        except psutil.NoSuchProcess:
+            return found
+        for child in children:
+            try:
+                environment = child.environ()
+            except (psutil.Error, OSError):
+                continue
+            if "DISTBP_RANK" in environment and child.status() != psutil.STATUS_ZOMBIE:
+                found[int(environment["DISTBP_RANK"])] = child
+        return found
+
+    def wait(self, timeout=60):
+        """The exit code, and what was printed on both streams."""
+        stdout, stderr = self.process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode, stdout, stderr)
+
+    def kill(self):
+        """End the whole process group at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.communicate(timeout=30)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a `distbp` command; it gets a directory of its own to work in."""
+    jobs = []
+
+    def begin(*arguments, env=None, cwd=None):
+        jobs.append(Job(arguments, cwd or tmp_path, env))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        if job.process.poll() is None:
+            job.kill()
+
+
+@pytest.fixture
+def distbp(start):
+    """Run a `distbp` command to its end."""
+
+    def run(*arguments, env=None, cwd=None, timeout=60):
+        return start(*arguments, env=env, cwd=cwd).wait(timeout)
+
+    return run
+
+
+def wait_until(condition, timeout=30.0):
+    """Wait until `condition()` holds and return what it gave; fail after `timeout` seconds."""
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.005)
+    raise AssertionError(f"waited {timeout} s for {condition}")
+
+
+def result_of(out):
+    """The content of a run's result.json."""
+    return json.loads((Path(out) / "result.json").read_text())
