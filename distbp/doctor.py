@@ -66,6 +66,8 @@ MEETINGS = 100
 MEET_TIMEOUT_S = 10.0
 MPI_TIMEOUT_S = 20.0  # Loading a library from a cold network file system takes seconds.
 MICRO_BATCHES = 6
+REINSTALL = "pip install --force-reinstall numpy"  # Its wheel brings an OpenBLAS that passes these checks.
+GET_MPI = "module load openmpi (the site's MPI), or pip install mpich"
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,7 @@ def check_blas() -> Verdict:
     """Name the BLAS library, its kernel and threads, and the variables that steer it."""
     blas = describe_environment()["blas"]
     if blas["name"] == "unknown":
-        return Verdict(
-            "warn",
-            "threadpoolctl finds no BLAS library: its threads cannot be limited, nor its kernel recorded",
-            "pip install --force-reinstall numpy",
-        )
+        return Verdict("warn", "threadpoolctl finds no BLAS library, so its threads have no limit", REINSTALL)
     found = f"{blas['name']} {blas['version']}, kernel {blas['kernel']}, {blas['threads']} threads"
     steering = [f"{name}={os.environ[name]}" for name in BLAS_VARIABLES if name in os.environ]
     return Verdict("ok", f"{found}; set here: {', '.join(steering)}" if steering else found)
@@ -208,11 +206,10 @@ def check_linux() -> Verdict:
         except OSError:
             refused.append(name)
     if refused:
-        return Verdict(
-            "FAIL",
-            f"{platform.release()} refuses {', '.join(refused)}",
-            "distbp train --backend serial, or a kernel from 5.3 on without a seccomp filter for these calls",
+        cure = (
+            "distbp train --backend serial, or a kernel from 5.3 on without a seccomp filter for these calls"
         )
+        return Verdict("FAIL", f"{platform.release()} refuses {', '.join(refused)}", cure)
     return Verdict("ok", f"{platform.release()}: memfd, pidfd and futex work")
 
 
@@ -292,11 +289,7 @@ def check_gradients() -> Verdict:
     """Compare backpropagation with differences of the loss, in a small network."""
     report = check_gradient(_small_network(), *_small_data(), directions=1)
     if not report.ok:
-        return Verdict(
-            "FAIL",
-            f"backpropagation is wrong by {report.worst_error:.1e}",
-            "pip install --force-reinstall numpy",
-        )
+        return Verdict("FAIL", f"backpropagation is wrong by {report.worst_error:.1e}", REINSTALL)
     return Verdict("ok", f"backpropagation agrees with differences of the loss to {report.worst_error:.0e}")
 
 
@@ -306,19 +299,14 @@ def check_same_bits() -> Verdict:
     results = [_two_steps(workers).tobytes() for workers in groupings]
     differing = [str(n) for n, result in zip(groupings, results, strict=True) if result != results[0]]
     if differing:
-        return Verdict(
-            "FAIL",
-            f"two steps of {' and '.join(differing)} workers differ from those of 1: this BLAS library "
-            "changes a product with the number of products beside it",
-            "pip install --force-reinstall numpy (its own OpenBLAS keeps the bits)",
-        )
+        finding = f"two steps of {' and '.join(differing)} workers differ from those of 1"
+        return Verdict("FAIL", finding, REINSTALL)
     return Verdict("ok", "two steps give the same bits for 1, 2, 3 and 6 workers")
 
 
 def _small_network() -> nn.Network:
-    return nn.Network(
-        nn.mlp(outputs=3, hidden=(16, 8), activation="tanh"), (5,), nn.build_loss("cross_entropy")
-    )
+    model = nn.mlp(outputs=3, hidden=(16, 8), activation="tanh")
+    return nn.Network(model, (5,), nn.build_loss("cross_entropy"))
 
 
 def _small_data() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -409,26 +397,18 @@ def check_mpi() -> Verdict:
         return Verdict("ok", "mpi4py is not installed; only --backend mpi needs it")
     library = _first_line(sys.executable, "-c", _ASK_MPI)
     if library is None:
-        return Verdict(
-            "warn",
-            f"mpi4py {importlib.metadata.version('mpi4py')} finds no MPI library{launcher}",
-            "module load openmpi (the site's MPI), or pip install mpich",
-        )
+        return Verdict("warn", f"mpi4py finds no MPI library{launcher}", GET_MPI)
     program = shutil.which("mpiexec")
     if program is None:
-        return Verdict(
-            "warn",
-            f"{library}; no mpiexec on the PATH{launcher}",
-            "module load openmpi, or pip install mpich",
-        )
+        return Verdict("warn", f"library {library}; no mpiexec on the PATH{launcher}", GET_MPI)
     version = _first_line(program, "--version") or "unknown"
     found = f"library {library}; {program}: {version}{launcher}"
     if _family(library) != _family(version):
-        return Verdict(
-            "warn",
-            f"{found}; the two are of different families: every process would be rank 0 of 1",
-            "put the mpiexec of the library first on the PATH, or set MPI4PY_LIBMPI to the launcher's libmpi",
+        found += "; the two are of different families: every process would be rank 0 of 1"
+        cure = (
+            "put the library's mpiexec first on the PATH, or MPI4PY_LIBMPI=/path/of/the/launcher's/libmpi.so"
         )
+        return Verdict("warn", found, cure)
     return Verdict("ok", found)
 
 
@@ -445,8 +425,9 @@ def _first_line(*command: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=MPI_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    lines = (" ".join(line.split()).rstrip(":") for line in done.stdout.splitlines())
-    return next((line for line in lines if line), None)
+    return next(
+        (" ".join(line.split()).rstrip(":") for line in done.stdout.splitlines() if line.strip()), None
+    )
 
 
 def _family(version: str) -> str:
@@ -465,9 +446,5 @@ def check_ray() -> Verdict:
         return Verdict("ok", "ray is not installed; only --backend ray needs it")
     least = ".".join(map(str, LEAST_RAY))
     if tuple(int(part) for part in version.split(".")[:2]) < LEAST_RAY:
-        return Verdict(
-            "warn",
-            f"{version}; older than {least}, which first asks for a token",
-            f"pip install 'ray>={least}'",
-        )
+        return Verdict("warn", f"{version}: anybody can run code in it", f"pip install 'ray>={least}'")
     return Verdict("ok", version)

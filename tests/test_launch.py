@@ -1,8 +1,7 @@
 """The scripts that start jobs: `launch/local.sh` in front of a stand-in `distbp`, and of the real one.
 
 The stand-in is a program on PATH, as distbp itself would be: it writes down how it was called and what signal
-it got, and ends with the codes that a test lists.  A test that needs it to be running waits for nothing but the
-other end of a named pipe.
+it got, and ends with the codes that a test lists.  A test that needs it running meets it at a named pipe.
 """
 
 from __future__ import annotations
