@@ -67,7 +67,7 @@ def from_tree(origin: str, tree: object, prefix: str = "") -> Found:
         yield _checked(origin, prefix, tree)
     elif prefix and prefix not in tables():
         near = nearest(prefix)
-        hint = f"; did you mean {near}?" if near else "; `distbp help config` lists all keys"
+        hint = f"; did you mean {near}?" if near else "; `distbp config show` lists all keys"
         yield Problem(origin, prefix, f"expected a known key, got {shown(prefix)}{hint}")
     elif not isinstance(tree, Mapping):
         what = f"a table of keys such as {_first_key(prefix)}" if prefix else "a table"

@@ -1,7 +1,7 @@
 """The keys of a run's configuration: name, type, range, default, and one line that explains each.
 
 The structs below are the only place where a key is written down.  The checker, the JSON schema,
-`distbp config init` and `distbp help config` all read them at run time, so a new key is one annotated line.
+`distbp config init` and the documents all read them at run time, so a new key is one annotated line.
 
 This file knows nothing of files, flags or messages (`config_read.py`, `config_check.py`), and nothing of
 the parts that use the values: `nn` and `optim` carry their own tables of names, and a test holds the choices
@@ -45,7 +45,8 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     path: Annotated[str, Meta(description="file, directory or built-in name of the data set")] = ""
     target: Annotated[
-        Text | None, Meta(description="column of a table that is to be predicted; none: the last one")
+        Text | None,
+        Meta(description="column of a table to predict; none: the one called target, label, class or y"),
     ] = None
     validation: Annotated[
         Text | None, Meta(description="data set to validate on; it takes the place of validation_fraction")

@@ -21,7 +21,7 @@ __all__ = ["Described", "describe", "schema", "to_dict", "to_toml"]
 
 
 class Described(NamedTuple):
-    """What `distbp help config` says of one key; `default` is spelled as TOML."""
+    """What the documents and `distbp config init` say of one key; `default` is spelled as TOML."""
 
     key: str
     type: str

@@ -6,9 +6,12 @@ Only what can decide about bits, or what a person needs to repeat the run, is li
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import platform
 from typing import Any
+
+from distbp.cgroups import cpu_quota
 
 __all__ = ["available_cores", "describe_environment", "limit_threads", "thread_variables"]
 
@@ -16,10 +19,10 @@ _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many cores this process may use: its affinity mask, and the quota of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def thread_variables(threads: int) -> dict[str, str]:

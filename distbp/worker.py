@@ -85,9 +85,11 @@ class Worker:
             attempt = self.seat.gate()
             transport = self.seat.connect(attempt)
             try:
-                self._open_lane(transport)
-                self._prepare()
-                stopped = self._train()
+                # The verdict on every step finds what is not finite; a warning would only repeat it.
+                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                    self._open_lane(transport)
+                    self._prepare()
+                    stopped = self._train()
             except (Parked, TransportAborted):
                 continue
             except TransportError:

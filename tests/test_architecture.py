@@ -38,7 +38,7 @@ DRAWING = (
     ("before and after a step", ("state", "after_step")),
     ("what those share", ("backends.base", "job", "evaluation", "saver", "metrics")),
     ("the parts", ("nn", "optim", "data", "checkpoint", "reduce", "arena")),
-    ("what the parts stand on", ("transports", "partition", "random", "barrier", "environment")),
+    ("what the parts stand on", ("transports", "partition", "random", "barrier", "environment", "cgroups")),
     ("the run description", ("config", "config_check", "config_read", "config_schema", "config_write")),
     ("the ground", ("errors",)),
 )

@@ -1,8 +1,9 @@
 """How a run speaks while it trains: records five times a second, a bar on a terminal, plain lines elsewhere.
 
-Rank 0 owns the one `Progress`.  Between two records it only adds up numbers, so the step is not held up; the
-bar is plain text and carriage returns, written to stderr, and only if stderr is a terminal.  Elsewhere one
-whole line appears every ten seconds, which a job log can bear.
+Rank 0 owns the one `Progress`.  Between two records it only adds up numbers, so the step is not held up.  The
+bar is rich's, imported and drawn only if stderr is a terminal, and only when a record is written: its own
+refreshing thread would take the interpreter from the training.  Elsewhere one whole line appears every ten
+seconds, which a job log can bear.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ __all__ = ["Progress", "duration"]
 
 RECORD_EVERY_S = 0.2
 LINE_EVERY_S = 10.0
-_BAR_WIDTH = 24
 
 
 class Progress:
@@ -42,7 +42,7 @@ class Progress:
         self._first = True
         self._text = job.banner(job, seat)
         self._rate = 0.0
-        self._drawn = False
+        self._bar: Any = None
 
     def begin(self, step: int) -> None:
         """Note that training (re)starts after `step` steps."""
@@ -82,13 +82,13 @@ class Progress:
         records.metric({"kind": "train"} | common | train)
         if validation is not None:
             records.metric({"kind": "validation"} | common | validation)
-        self._draw(step, train["loss"], validation)
+        self._draw(step, train["loss"])
 
     def close(self) -> None:
-        """End the bar's line."""
-        if self._drawn:
-            sys.stderr.write("\n")
-            self._drawn = False
+        """Leave the terminal as it was; idempotent."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def _position(self, step: int) -> dict[str, Any]:
         """Return the fields that every record has."""
@@ -121,7 +121,7 @@ class Progress:
         records.metric(record)
         self.begin_interval(now)
         if self._terminal:
-            self._draw(step, loss, None)
+            self._draw(step, loss)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_EVERY_S
             self._say(self._line(step, loss))
@@ -143,22 +143,32 @@ class Progress:
             f"loss {shown}, {self._rate:,.0f} samples/s, {duration(left)} left"
         )
 
-    def _draw(self, step: int, loss: float | None, validation: dict[str, float | None] | None) -> None:
-        """Redraw the bar on a terminal."""
+    def _draw(self, step: int, loss: float | None) -> None:
+        """Redraw the bar, if there is a terminal to draw on."""
         if not self._terminal:
             return
-        done = _BAR_WIDTH * step // max(1, self._job.total_steps)
-        bar = "━" * done + "╌" * (_BAR_WIDTH - done)
-        sys.stderr.write(f"\r\x1b[2K{bar} {self._line(step, loss)}")
-        sys.stderr.flush()
-        self._drawn = True
+        if self._bar is None:
+            self._bar = _new_bar()
+            self._task = self._bar.add_task("", total=self._job.total_steps)
+            self._bar.start()
+        self._bar.update(self._task, completed=step, description=self._line(step, loss))
+        self._bar.refresh()
 
     def _say(self, text: str) -> None:
-        """Write one whole line to stderr."""
-        if self._drawn:
-            sys.stderr.write("\r\x1b[2K")
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        """Write whole lines to stderr, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _new_bar() -> Any:
+    """Return rich's progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
+    return Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distbp import doctor
+from distbp import cgroups, doctor
 from distbp.reduce import LaneReduction
 
 from .command_line import distbp, succeed
@@ -131,7 +131,7 @@ def test_the_quota_of_a_cgroup_is_found(
     tmp_path: Path, version: int, group: str, root: str, quotas: dict[str, str], expected: float | None
 ) -> None:
     """The least quota on the way from a process's cgroup to the root counts, in v1, v2 and containers."""
-    assert doctor.cpu_quota(kernel_files(tmp_path, version, group, root, quotas)) == expected
+    assert cgroups.cpu_quota(kernel_files(tmp_path, version, group, root, quotas)) == expected
 
 
 @pytest.mark.parametrize(
