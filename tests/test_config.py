@@ -104,7 +104,7 @@ BAD_OVERRIDES = [
     ("optimizer.learning_rate=3", "optimizer.learning_rate", "did you mean optimizer.lr?"),
     ("optimiser.lr=3", "optimiser.lr", "did you mean optimizer.lr?"),
     ("batchsize=3", "batchsize", "did you mean train.batch_size?"),
-    ("nonsense=3", "nonsense", "distbp help config"),
+    ("nonsense=3", "nonsense", "distbp config show"),
     ("optimizer.lr.x=3", "optimizer.lr.x", "a known key"),
     ("optimizer=sgd", "optimizer", "a table of keys such as optimizer.name"),
     ("optimizer={lrr = 1}", "optimizer.lrr", "did you mean optimizer.lr?"),
