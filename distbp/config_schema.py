@@ -61,7 +61,8 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     normalize: Annotated[
         Literal["auto", "none", "global", "feature"],
         Meta(
-            description="one mean and deviation for all (global) or one per feature; auto: global for images"
+            description="one mean and deviation for all (global) or one per feature; auto: global for "
+            "images; numbers to predict are normalised too, except with none"
         ),
     ] = "auto"
 
@@ -84,7 +85,10 @@ class Loss(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: Annotated[
         Literal["auto", "cross_entropy", "mean_squared_error"],
-        Meta(description="auto: cross entropy for classes, mean squared error for numbers"),
+        Meta(
+            description="auto: cross entropy for classes, mean squared error for numbers, in units of their "
+            "variance"
+        ),
     ] = "auto"
     label_smoothing: Annotated[
         BelowOne, Meta(description="share of the target spread evenly over all classes (cross entropy only)")
@@ -107,7 +111,10 @@ class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 0.0
     clip_norm: Annotated[
         Positive | None,
-        Meta(description="largest norm of the mean gradient; longer ones are shortened to it"),
+        Meta(
+            description="largest norm of the mean gradient; longer ones are shortened to it; none: 1 for "
+            "numbers, no limit for classes"
+        ),
     ] = None
 
 

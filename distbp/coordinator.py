@@ -208,14 +208,16 @@ def _replace_lost(state: State, event: Lost) -> tuple[State, tuple[Action, ...]]
     state = _count_restart(state, event)
     same_step = next(times for rank, _, times in state.deaths if rank == event.rank)
     if same_step >= _SAME_STEP_LIMIT or state.restarts_without_progress > state.max_restarts:
+        when = "before the first step" if event.step == EMPTY else f"in step {event.step}"
         times = (
-            f"{same_step} times in step {event.step}"
+            f"{same_step} times {when}"
             if same_step >= _SAME_STEP_LIMIT
             else f"{state.restarts_without_progress} restarts brought no progress"
         )
+        memory = ", and for an out-of-memory kill in the kernel's log" if event.cause == "SIGKILL" else ""
         message = (
-            f"worker {event.rank} was lost again ({event.cause}): {times}; "
-            "look for the cause in its log before running again"
+            f"worker {event.rank} was lost again ({event.cause}): {times}; look for the cause in RUN/logs"
+            f"{memory} before running again"
         )
         return replace(state, ended=True, exit_code=70), (End(70, message),)
     state = _announce(replace(state, left=state.left - {event.rank}))

@@ -43,9 +43,13 @@ __all__ = [
 
 
 class DistbpError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the process ends with."""
+    """Base of all errors raised on purpose; `exit_code` is what the process ends with.
+
+    `agreed` says that every worker raises this error at the same place, so that one may speak for all.
+    """
 
     exit_code = 1
+    agreed = False
 
 
 class UserCodeError(DistbpError):

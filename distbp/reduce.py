@@ -136,7 +136,7 @@ class MicroBatchSum:
         assert len(self.vectors) == len(self.blocks), (
             f"{len(self.blocks)} blocks, {len(self.vectors)} vectors"
         )
-        self._spares: dict[tuple[int, int], Array] = {}
+        self._spares: dict[int, Array] = {}
 
     def collect(self, offset: int, shape: tuple[int, ...], leaf: Leaf) -> None:
         """Add up one tensor: `leaf(lo, hi, out)` writes the gradients of local micro-batches `[lo, hi)`.
@@ -168,11 +168,11 @@ class MicroBatchSum:
         np.add(target, right, out=target)
 
     def _spare(self, level: int, size: int) -> Array:
-        """Return a scratch array of `size` elements that is the same one in every step."""
-        key = (level, size)
-        if key not in self._spares:
-            self._spares[key] = np.empty(size, self.vectors[0].dtype)
-        return self._spares[key]
+        """Return a scratch array of `size` elements; from the second step on it is the same memory."""
+        spare = self._spares.get(level)
+        if spare is None or len(spare) < size:
+            spare = self._spares[level] = np.empty(size, self.vectors[0].dtype)
+        return spare[:size]
 
 
 def _add_rows(rows: Array, target: Array) -> None:

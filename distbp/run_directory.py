@@ -49,8 +49,11 @@ class RunDirectory:
 
     @classmethod
     def open(cls, out: str | None, name: str) -> RunDirectory:
-        """Create the directory if needed and lock it; `CannotWrite` names who holds it."""
-        path = Path(out or default_name(name)).absolute()
+        """Create the directory if needed and lock it; `CannotWrite` names who holds it.
+
+        Without `out` the directory is a new one, never one that somebody made in the same second.
+        """
+        path = _new_directory(name) if out is None else Path(out).absolute()
         try:
             for folder in (path, path / "logs", path / "checkpoints"):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,9 +72,13 @@ class RunDirectory:
                 "wait for that job, or choose another directory with --out"
             ) from error
         start = _read_start(os.read(lock, 4096)) + 1
-        os.ftruncate(lock, 0)
-        note = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
-        os.pwrite(lock, json.dumps(note).encode() + b"\n", 0)
+        note = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "start": start}) + "\n"
+        try:
+            os.pwrite(lock, note.encode(), 0)
+            os.ftruncate(lock, len(note))
+        except OSError as error:
+            os.close(lock)
+            raise CannotWrite(f"cannot write {path / 'lock'}: {error.strerror}; free some space") from error
         return cls(path, lock, start)
 
     def admit(self, plan: Plan) -> Admission:
@@ -103,12 +110,16 @@ class RunDirectory:
             finished = self._finished_result(plan, held["step"])
             if finished is not None:
                 return Admission(self.path, restore, self.start, finished)
+            self._set_aside_later(held["step"])
         self._describe_run(plan)
         return Admission(self.path, restore, self.start)
 
     def event(self, record: dict[str, Any]) -> None:
-        """Append one record to `events.jsonl`."""
-        append_record(self.path / "events.jsonl", {"time": time.time()} | record)
+        """Append one record to `events.jsonl`; a disk that is full costs the record, not the run."""
+        try:
+            append_record(self.path / "events.jsonl", {"time": time.time()} | record)
+        except CannotWrite as error:
+            print(f"distbp: W_RECORD_LOST {error}", file=sys.stderr, flush=True)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Replace `result.json` as a whole."""
@@ -122,14 +133,23 @@ class RunDirectory:
 
     def _finished_result(self, plan: Plan, step: int) -> dict[str, Any] | None:
         """Return the result of a run that has already made all its steps."""
-        path = self.path / "result.json"
-        if step < plan.total_steps or not path.exists():
+        try:
+            result: dict[str, Any] = json.loads((self.path / "result.json").read_text())
+        except (OSError, ValueError):  # Missing, or cut off by a power cut: the run is not known as finished.
             return None
-        result: dict[str, Any] = json.loads(path.read_text())
-        return result if result.get("status") == "done" else None
+        finished = result.get("status") == "done" and result.get("steps") == step >= plan.total_steps
+        return result | {"out": str(self.path)} if finished else None
+
+    def _set_aside_later(self, step: int) -> None:
+        """Rename checkpoints of later steps: this run will make those steps again, perhaps differently."""
+        for path in checkpoint.list_checkpoints(self.path / "checkpoints"):
+            if int(path.name.removeprefix("step-")) > step:
+                path.rename(path.with_name(f"{path.name}.superseded-{self.start}"))
+                self.event({"kind": "checkpoint", "status": "superseded", "path": str(path)})
 
     def _describe_run(self, plan: Plan) -> None:
         """Write what repeats the run and where it runs."""
+        (self.path / "result.json").unlink(missing_ok=True)
         write_file(self.path / "environment.json", json.dumps(plan.environment, indent=2) + "\n")
         if plan.config_toml:
             write_file(self.path / "config.toml", plan.config_toml)
@@ -171,10 +191,32 @@ def compare_identity(plan: Plan, metadata: dict[str, Any], path: Path) -> None:
 def write_file(path: Path, text: str) -> None:
     """Write a small file so that readers see the old content or the new one, never half of it."""
     temporary = path.with_name(path.name + ".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path}: {error.strerror}; free some space") from error
+
+
+def _new_directory(name: str) -> Path:
+    """Make a directory with the default name; a number is added when that name is taken."""
+    base = Path(default_name(name)).absolute()
+    for number in range(1, 1000):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            path.mkdir(mode=0o700, parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise CannotWrite(
+                f"cannot create the run directory {path}: {error.strerror}; choose another with --out"
+            ) from error
+        return path
+    raise CannotWrite(f"{base} and 999 names after it are taken; choose a directory with --out")
 
 
 def _read_start(content: bytes) -> int:

@@ -7,6 +7,7 @@ save that fails removes its own temporary and training goes on; `ERRORS_IN_A_ROW
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp import checkpoint
-from distbp.errors import CannotWrite
+from distbp.errors import CannotWrite, Diverged
 
 __all__ = ["ERRORS_IN_A_ROW", "Saver"]
 
@@ -39,6 +40,10 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._copies: dict[str, NDArray[Any]] = {}
         self._errors = 0
+        self._reason = ""
+        self._failure: BaseException | None = None
+        # Whoever wrote these is gone: this process has just taken over.
+        checkpoint.remove_leftovers(directory)
 
     def save(self, step: int, tensors: Mapping[str, NDArray[Any]], metadata: dict[str, Any]) -> None:
         """Copy the state and begin to write it; waits for a save that is still in flight."""
@@ -56,6 +61,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._failure is not None:
+            raise self._failure
         if self._errors >= ERRORS_IN_A_ROW:
             raise CannotWrite(f"{self._errors} checkpoints in a row could not be written: {self._reason}")
 
@@ -69,13 +76,28 @@ class Saver:
         begun = time.monotonic()
         record: dict[str, Any] = {"kind": "checkpoint", "step": snapshot.step}
         try:
+            _refuse_broken(snapshot)
             path = checkpoint.save(self._directory, snapshot, keep=self._keep, attempt=self._start)
         except CannotWrite as error:
             self._errors += 1
             self._reason = str(error)
+            record |= {"status": "failed", "reason": str(error)}
+            print(f"distbp: E_SAVE_FAILED step={snapshot.step} {error}", file=sys.stderr, flush=True)
+        except BaseException as error:
+            self._failure = error
             record |= {"status": "failed", "reason": str(error)}
         else:
             self._errors = 0
             self.saved_step = snapshot.step
             record |= {"status": "saved", "path": str(path), "seconds": time.monotonic() - begun}
         self._report(record)
+
+
+def _refuse_broken(snapshot: checkpoint.Snapshot) -> None:
+    """Raise `Diverged` for a state that no run could go on from; the checkpoints before it stay."""
+    for name, tensor in snapshot.tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise Diverged(
+                f"{name} is not finite after step {snapshot.step}, which is not saved; lower optimizer.lr or "
+                "set optimizer.clip_norm"
+            )

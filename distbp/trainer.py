@@ -10,7 +10,6 @@ The trainer computes nothing: it builds the parts and the plan, and hands them t
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +22,22 @@ from numpy.typing import NDArray
 from distbp import checkpoint, evaluation
 from distbp.arena import Parked
 from distbp.backends.base import CallFinished, Membership, Plan, Seat
+from distbp.backends.launcher import claim
 from distbp.data import ArrayDataset, Order, fingerprint
 from distbp.environment import describe_environment, limit_threads
-from distbp.errors import ConfigError, DataError, InputMissing, Stopped
+from distbp.errors import ConfigError, DataError, DistbpError, InputMissing, Stopped
 from distbp.job import SCALARS, TAIL, Job
 from distbp.metrics.records import Records
 from distbp.nn import Layer, Loss, Network, build_loss
 from distbp.optim import SGD, Optimizer, Schedule, norm
 from distbp.partition import default_micro_batch
+from distbp.planning import (
+    check_data,
+    check_metadata,
+    describe_layer,
+    describe_options,
+    too_many_workers,
+)
 from distbp.worker import Worker
 
 __all__ = ["History", "Trainer", "find_checkpoint", "membership", "steps_of"]
@@ -56,6 +63,10 @@ def membership() -> Membership:
         from distbp.backends.local_worker import LocalMembership
 
         return LocalMembership.from_environment()
+    if claim() is not None:
+        from distbp.backends.mpi import MPIMembership
+
+        return MPIMembership()
     from distbp.backends.serial import SerialMembership
 
     return SerialMembership()
@@ -96,7 +107,12 @@ class Trainer:
         self.schedule = Schedule(lr=lr) if schedule is None else schedule
         self.clip_norm = clip_norm
         self.batch_size = batch_size
-        self.micro_batch = default_micro_batch(batch_size) if micro_batch is None else micro_batch
+        usable = isinstance(batch_size, int) and batch_size > 0
+        default = default_micro_batch(batch_size) if usable else batch_size
+        self.micro_batch = default if micro_batch is None else micro_batch
+        for option, value in (("batch_size", batch_size), ("micro_batch", self.micro_batch)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{option}: expected a whole number >= 1, got {value!r}")
         if batch_size % self.micro_batch:
             raise ConfigError(
                 f"batch_size {batch_size} is not a multiple of micro_batch {self.micro_batch}; "
@@ -149,7 +165,9 @@ class Trainer:
                 log_samples=log_samples,
                 name=name,
                 config_toml=config_toml,
+                keep=keep,
             )
+            check_metadata(metadata)
             seat = members.join(plan)
             if isinstance(seat, dict):
                 return self._replay(seat)
@@ -173,6 +191,11 @@ class Trainer:
                 **({} if banner is None else {"banner": banner}),
             )
             return self._train(members, seat, job)
+        except DistbpError as error:
+            note = getattr(members, "note_failure", None)
+            if note is not None and not isinstance(error, Stopped):
+                note(error)
+            raise
         finally:
             limits.restore_original_limits()
             close = getattr(members, "close", None)
@@ -193,14 +216,19 @@ class Trainer:
         log_samples: bool = False,
         name: str = "fit",
         config_toml: str = "",
+        keep: int = 3,
         **ignored: Any,
     ) -> Plan:
         """Return the plan of a call of `fit` with these arguments, for all workers to compare.
 
         Raises `ConfigError` for what does not fit together.
         """
-        self._check_targets(train)
+        if not isinstance(epochs, int) or epochs < 1:
+            raise ConfigError(f"epochs: expected a whole number >= 1, got {epochs!r}")
+        if 0 < keep < 2 or keep < 0:
+            raise ConfigError(f"keep: expected at least 2, or 0 for all, got {keep!r}")
         network = self._build(train)
+        check_data(network, train, validation)
         micro_batches = self.batch_size // self.micro_batch
         if workers > micro_batches:
             raise ConfigError(too_many_workers(workers, self.batch_size, self.micro_batch))
@@ -211,7 +239,11 @@ class Trainer:
             name=name,
             out=None if out is None else str(Path(out).absolute()),
             resume=resume,
-            identity=self._identity(network, train, validation),
+            identity=self._identity(network)
+            | {
+                "train_data": fingerprint(train),
+                "validation_data": None if validation is None else fingerprint(validation),
+            },
             free={"epochs": epochs, "max_steps": max_steps, "log_samples": log_samples},
             micro_batches=micro_batches,
             total_steps=steps_of(epochs, len(train), self.batch_size, max_steps),
@@ -226,10 +258,8 @@ class Trainer:
             environment=environment,
         )
 
-    def _identity(
-        self, network: Network, train: ArrayDataset, validation: ArrayDataset | None
-    ) -> dict[str, Any]:
-        """Return everything that decides about bits, as JSON values."""
+    def _identity(self, network: Network) -> dict[str, Any]:
+        """Return all options that decide about bits, as JSON values."""
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -242,8 +272,6 @@ class Trainer:
             "schedule": describe_options(self.schedule),
             "clip_norm": self.clip_norm,
             "threads": self.threads,
-            "train_data": fingerprint(train),
-            "validation_data": None if validation is None else fingerprint(validation),
         }
 
     def evaluate(self, data: Data) -> dict[str, float | None]:
@@ -323,46 +351,6 @@ class Trainer:
         """Build the network for samples like those of `data`."""
         return Network(self.model, data.x.shape[1:], self.loss)
 
-    def _check_targets(self, data: ArrayDataset) -> None:
-        """Refuse targets of the wrong kind before anything starts."""
-        wanted = np.int64 if self.loss.kind == "classification" else np.float32
-        if data.y.dtype != wanted:
-            raise ConfigError(
-                f"the loss is for {self.loss.kind} and needs targets of type {np.dtype(wanted)}, "
-                f"got {data.y.dtype}; choose another loss"
-            )
-
-
-def too_many_workers(workers: int, batch_size: int, micro_batch: int) -> str:
-    """Return the message for more workers than micro-batches, naming what would fit."""
-    most = batch_size // micro_batch
-    smaller = batch_size // workers
-    fits = [f"--nproc {most} or less", f"--batch-size {workers * micro_batch}"]
-    if smaller and batch_size % workers == 0:
-        fits.insert(1, f"--micro-batch {smaller}")
-    return (
-        f"{workers} workers need at least {workers} micro-batches, but batch_size {batch_size} with "
-        f"micro_batch {micro_batch} has {most}; take {', or '.join(fits)}"
-    )
-
-
-def describe_layer(layer: Layer) -> str:
-    """Return the model as text: kinds, options and nesting; part of what decides about bits."""
-    children = layer.children()
-    inside = ", ".join(describe_layer(child) for _, child in children)
-    return f"{type(layer).__name__}({inside})"
-
-
-def describe_options(part: object) -> dict[str, Any]:
-    """Return kind and public options of a loss, an optimizer or a schedule as JSON values."""
-    options = {
-        name: value
-        for name, value in vars(part).items()
-        if not name.startswith("_") and isinstance(value, bool | int | float | str | None | tuple | list)
-    }
-    described: dict[str, Any] = json.loads(json.dumps({"kind": type(part).__name__} | options))
-    return described
-
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint that `path` means: itself, or the newest verified one of a run directory."""
@@ -382,10 +370,13 @@ def _history(result: dict[str, Any]) -> History:
     """Read the records of the epochs; raise `Stopped` if the run ended because it was asked to."""
     out = Path(result["out"])
     if result["exit_code"] in (75, 130):
-        raise Stopped(
+        stopped = Stopped(
             f"stopped on request after step {result['steps']}; the checkpoint is safe in {out}; "
             "run the same command again to go on"
         )
+        stopped.exit_code = result["exit_code"]
+        stopped.agreed = True
+        raise stopped
     records = Records(out).history()
     return History(
         train=[record for record in records if record["kind"] == "train"],
@@ -405,7 +396,8 @@ def _dataset(data: Data) -> ArrayDataset:
     if y.dtype.kind in "iub":
         targets: Array = np.ascontiguousarray(y, np.int64)
     else:
-        targets = np.ascontiguousarray(y.reshape(len(y), -1), np.float32)
+        columns = y.shape[1] if y.ndim > 1 else 1
+        targets = np.ascontiguousarray(y.reshape(len(y), columns), np.float32)
     samples = np.ascontiguousarray(x, np.float32)
     for name, part in (("x", samples), ("y", targets)):
         if part.dtype.kind == "f" and not np.isfinite(part).all():

@@ -64,6 +64,14 @@ __all__ = ["Worker"]
 
 Array = NDArray[Any]
 
+SAME_SOFTWARE = (
+    "give every worker the same NumPy, BLAS kernel (OPENBLAS_CORETYPE) "
+    "and CPU features (NPY_DISABLE_CPU_FEATURES)"
+)
+
+SLOW_DEADLINE_S = 300.0
+"""Seconds to wait for others at evaluations and saves, where a slow disk may hold rank 0 up."""
+
 
 class Worker:
     """One worker in one call of `fit`; `run` returns whether the run was stopped before its last step."""
@@ -72,6 +80,7 @@ class Worker:
         self.seat = seat
         self.job = job
         self.arena = seat.arena
+        self.arena.barrier.first_rank = host_ranks(seat.host_sizes, seat.host).start
         self.first, self.last = split_range(job.micro_batches, seat.size, seat.rank)
         self.durations: list[float] = []
         self._build_gradient_path()
@@ -180,13 +189,24 @@ class Worker:
         digests = [bytes(arena.digest(worker)) for worker in range(arena.layout.workers)]
         odd = [worker for worker, other in enumerate(digests) if other != digests[0]]
         if odd:
-            first = host_ranks(self.seat.host_sizes, self.seat.host).start
+            first = arena.barrier.first_rank
             raise EnvironmentMismatch(
-                f"workers {[first + worker for worker in odd]} and worker {first} of this host compute "
-                "different bits for the same micro-batch; give every worker the same NumPy, BLAS kernel "
-                "(OPENBLAS_CORETYPE) and CPU features (NPY_DISABLE_CPU_FEATURES)"
+                f"workers {[first + worker for worker in odd]} and worker {first} of the same host compute "
+                f"different bits for the same micro-batch; {SAME_SOFTWARE}"
             )
+        if self._transport is not None and self.seat.local_rank == 0:
+            self._compare_hosts(self._transport, np.frombuffer(digests[0], np.uint8))
         arena.barrier.wait()
+
+    def _compare_hosts(self, transport: Transport, digest: NDArray[np.uint8]) -> None:
+        """Compare this host's hash with those of the others."""
+        digests = np.empty((transport.size, len(digest)), np.uint8)
+        transport.allgather(digest.copy(), list(digests))
+        odd = [host for host, other in enumerate(digests) if bytes(other) != bytes(digests[0])]
+        if odd:
+            raise EnvironmentMismatch(
+                f"hosts {odd} compute other bits than host 0 for the same micro-batch; {SAME_SOFTWARE}"
+            )
 
     # The loop.
 
@@ -199,6 +219,7 @@ class Worker:
             due = self.after.is_due(self.step) or bool(self._flags.any())
             if due and self.arena.done < self.step:
                 save = bool(self._flags[1])
+                self._set_deadlines(SLOW_DEADLINE_S)
                 self.after.finish(self.step, save=save, stop=stop, transport=self._transport)
             if stop or self.step >= job.total_steps:
                 self._meet_everybody()
@@ -206,6 +227,14 @@ class Worker:
             begun = time.perf_counter()
             self._make_step()
             self.durations.append(time.perf_counter() - begun)
+            if self.seat.patience_s is not None and len(self.durations) % 8 == 1:
+                self._set_deadlines(max(self.seat.patience_s, 5 * max(self.durations[-64:])))
+
+    def _set_deadlines(self, seconds: float) -> None:
+        """Say how long this worker waits for others before it takes them for lost."""
+        self.arena.barrier.deadline_s = seconds
+        if self._transport is not None:
+            self._transport.deadline_s = seconds
 
     def _meet_everybody(self) -> None:
         """Wait for every worker of every host: nobody may leave while another could still need it."""
@@ -300,7 +329,9 @@ class Worker:
         if self.seat.local_rank == 0:
             self._update_scalars(tail, accepted)
         if not accepted and arena.scalars(step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:
-            raise Diverged(self._describe_divergence())
+            diverged = Diverged(self._describe_divergence())
+            diverged.agreed = True
+            raise diverged
 
     def _update_scalars(self, tail: NDArray[np.float64], accepted: bool) -> None:
         """Write the next generation of the scalar state."""

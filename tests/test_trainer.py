@@ -23,7 +23,7 @@ def line_data(samples=96, features=3, seed=0):
     """A linear function with a little noise."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((samples, features))
-    return x, x @ [1.0, -2.0, 0.5] + 0.01 * rng.standard_normal(samples)
+    return x, x[:, :3] @ [1.0, -2.0, 0.5] + 0.01 * rng.standard_normal(samples)
 
 
 def small_trainer(**options):
@@ -94,7 +94,9 @@ def test_one_poisoned_step_is_skipped(tmp_path):
     ("change", "error", "message"),
     [
         ({"batch_size": 16, "micro_batch": 5}, ConfigError, "not a multiple"),
-        ({"loss": "cross_entropy"}, ConfigError, "needs targets of type int64"),
+        ({"batch_size": 0}, ConfigError, "batch_size: expected a whole number >= 1, got 0"),
+        ({"micro_batch": 0}, ConfigError, "micro_batch: expected a whole number >= 1, got 0"),
+        ({"loss": "cross_entropy"}, ConfigError, "one output for each of at least two classes"),
         ({"loss": "cross_entrop"}, ConfigError, "did you mean"),
     ],
 )
@@ -102,6 +104,14 @@ def test_what_does_not_fit_is_refused(change, error, message, tmp_path):
     """Wrong combinations are found before anything is written."""
     with pytest.raises(error, match=message):
         small_trainer(**change).fit(line_data(), epochs=1, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_targets_of_the_wrong_kind_are_refused(tmp_path):
+    """Numbers for a loss over classes are found before anything is written."""
+    trainer = distbp.Trainer(nn.Sequential(nn.Linear(2)), batch_size=4)
+    with pytest.raises(ConfigError, match="needs targets of type int64"):
+        trainer.fit(line_data(), epochs=1, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -135,3 +145,91 @@ def test_the_script_of_the_readme_runs(tmp_path, distbp):
     result = json.loads((tmp_path / "runs" / "script" / "result.json").read_text())
     assert result["validation"]["accuracy"] >= 0.95
     assert result["world_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"epochs": 0}, ConfigError, "epochs: expected a whole number >= 1, got 0"),
+        ({"epochs": 1.5}, ConfigError, "epochs: expected a whole number"),
+        ({"keep": 1}, ConfigError, "keep: expected at least 2"),
+        ({"metadata": {"x": object()}}, ConfigError, "metadata"),
+        ({"metadata": {"x": float("nan")}}, ConfigError, "metadata"),
+        ({"val": line_data(0)}, DataError, "the validation data are empty"),
+        ({"val": line_data(5, features=4)}, DataError, "validation data have samples of shape"),
+    ],
+)
+def test_arguments_of_fit_are_checked_first(arguments, error, message, tmp_path):
+    """Wrong arguments are found before anything is written, not at the first save or epoch."""
+    with pytest.raises(error, match=message):
+        small_trainer().fit(line_data(), **{"epochs": 1, "out": tmp_path / "run"} | arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_labels_out_of_range_are_found_first(tmp_path):
+    """A label that the model has no output for is named with its sample."""
+    trainer = distbp.Trainer(nn.Sequential(nn.Linear(2)), batch_size=4)
+    x = np.zeros((8, 3), np.float32)
+    with pytest.raises(DataError, match="label 2 in sample 5, expected 0 to 1"):
+        trainer.fit((x, np.arange(8) % 2), val=(x, np.array([0, 1, 0, 1, 0, 2, 0, 1])), out=tmp_path / "run")
+
+
+def test_a_result_of_an_earlier_end_is_not_the_end(tmp_path):
+    """A longer run that was killed goes on from its checkpoint and is not taken for finished."""
+    run = tmp_path / "run"
+    short = small_trainer().fit(line_data(), epochs=2, out=run)
+    long = small_trainer().fit(line_data(), epochs=4, out=run)
+    (run / "result.json").write_text(json.dumps(short.result))
+    again = small_trainer().fit(line_data(), epochs=4, out=run)
+    assert again.result["state_sha256"] == long.result["state_sha256"]
+    (run / "result.json").write_text("")
+    assert small_trainer().fit(line_data(), epochs=4, out=run).result["steps"] == 24
+
+
+def test_a_finished_run_may_be_moved(tmp_path):
+    """Asking again in the new place answers from there."""
+    small_trainer().fit(line_data(), epochs=2, out=tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    trainer = small_trainer()
+    history = trainer.fit(line_data(), epochs=2, out=tmp_path / "moved")
+    assert history.out == tmp_path / "moved"
+    assert len(history.train) == 2
+    assert trainer.predict(line_data()[0]).shape == (96, 1)
+
+
+def test_going_back_sets_later_checkpoints_aside(tmp_path):
+    """Resuming from an older checkpoint of the run makes its later ones no longer count."""
+    run = tmp_path / "run"
+    schedule = distbp.Schedule(lr=0.1, name="constant")
+    options = {"out": run, "checkpoint_every_steps": 6, "keep": 10}
+    small_trainer(schedule=schedule).fit(line_data(), epochs=4, **options)
+    older = run / "checkpoints" / "step-00000006"
+    shorter = small_trainer(schedule=schedule).fit(line_data(), epochs=2, resume=str(older), **options)
+    held = distbp.trainer.checkpoint.list_checkpoints(run / "checkpoints")
+    assert held[0].name == "step-00000012"
+    assert shorter.result["steps"] == 12
+
+
+def test_broken_parameters_are_never_saved(tmp_path):
+    """An update that overflows leaves the last good checkpoints and ends with 79."""
+    trainer = small_trainer(schedule=distbp.Schedule(lr=1e38, name="constant"))
+    with pytest.raises(Diverged):
+        trainer.fit(line_data(), epochs=9, out=tmp_path / "run", checkpoint_every_steps=1, keep=2)
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        tensors = distbp.trainer.checkpoint.load(path).tensors
+        assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["exit_code"] == 79
+
+
+def test_a_script_alone_ends_with_the_code(tmp_path):
+    """`python train.py` ends with the exit code and the message of our errors, not with a traceback."""
+    (tmp_path / "train.py").write_text(
+        "import distbp\nfrom distbp import nn\n"
+        "distbp.Trainer(nn.Sequential(nn.Linear(2)), batch_size=4).fit(([[1.0]], [0]), out='/dev/null/x')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 73
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("distbp: cannot create the run directory")

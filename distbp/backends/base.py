@@ -17,7 +17,7 @@ This file holds no logic of a backend's own: the shapes that cross the border, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,16 @@ from distbp.partition import split_range
 from distbp.reduce import aligned_blocks
 from distbp.transports.base import Transport
 
-__all__ = ["Admission", "CallFinished", "Membership", "Plan", "Seat", "host_layout", "host_ranks"]
+__all__ = [
+    "Admission",
+    "CallFinished",
+    "Membership",
+    "Plan",
+    "Seat",
+    "compare_plans",
+    "host_layout",
+    "host_ranks",
+]
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +84,8 @@ class Seat:
     `host_sizes[h]` counts the workers of host h; workers are numbered host by host.  `gate` waits parked and
     returns the attempt; `connect(attempt)` opens this worker's transport, None if it owns no lane or there is
     one host; `report` sends a record to whoever keeps the job; `broken` says that a connection of this
-    attempt failed while nobody is known to be dead.
+    attempt failed while nobody is known to be dead.  With `patience_s` a wait in a step ends with
+    `WorkerLost` after that long, or after 5 times the slowest recent step if that is longer.
     """
 
     rank: int
@@ -86,6 +96,7 @@ class Seat:
     connect: Callable[[int], Transport | None]
     report: Callable[[dict[str, Any]], None]
     broken: Callable[[int], None] = lambda attempt: None
+    patience_s: float | None = None
 
     @property
     def size(self) -> int:
@@ -159,3 +170,20 @@ def host_layout(plan: Plan, host_sizes: tuple[int, ...], host: int) -> ArenaLayo
         tail=plan.tail,
         scalars=plan.scalars,
     )
+
+
+def compare_plans(first: Plan, other: Plan) -> str:
+    """Return what differs between two plans, or an empty text."""
+    return compare_values(msgspec.to_builtins(first), msgspec.to_builtins(other))
+
+
+def compare_values(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> str:
+    """Return 'a.b 1 and 2; ...' for the keys in which two trees of JSON values differ."""
+    differences = []
+    for key in sorted({*first, *other}):
+        one, two = first.get(key), other.get(key)
+        if isinstance(one, Mapping) and isinstance(two, Mapping):
+            differences.append(compare_values(one, two, f"{prefix}{key}."))
+        elif one != two:
+            differences.append(f"{prefix}{key} {one!r} and {two!r}")
+    return "; ".join(filter(None, differences))

@@ -13,14 +13,13 @@ Needs Linux (pidfd, memfd); elsewhere there is the serial backend.
 
 from __future__ import annotations
 
-import os
 import selectors
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType
@@ -30,17 +29,23 @@ import msgspec
 
 from distbp import coordinator
 from distbp.arena import EMPTY, Arena
-from distbp.backends.base import Admission, Plan, host_layout
+from distbp.backends.base import Admission, Plan, compare_plans, host_layout
+from distbp.backends.local_process import WorkerProcess
 from distbp.backends.local_worker import receive, send
 from distbp.coordinator import decide
-from distbp.environment import thread_variables
 from distbp.errors import DistbpError, EnvironmentMismatch
 from distbp.run_directory import RunDirectory
 
 __all__ = ["LocalJob"]
 
 _GRACE_S = 2.0
-"""Seconds that workers get to end by themselves after the last one said goodbye or failed."""
+"""Seconds that workers get to end by themselves after the last one said goodbye."""
+
+_FAILED_GRACE_S = 0.2
+"""Seconds that the others get to write what they have to say after one has failed."""
+
+_SAME_SIGNAL_S = 0.3
+_TICK_S = 5.0
 
 
 @dataclass
@@ -56,15 +61,10 @@ class _Call:
     joined: set[int] = field(default_factory=set)
     released: int = 0
 
-
-@dataclass
-class _Process:
-    """One worker process and this end of its channel."""
-
-    popen: subprocess.Popen[bytes]
-    channel: socket.socket
-    pidfd: int
-    said_goodbye: bool = False
+    def close(self) -> None:
+        """Give back the memory and the run directory; idempotent."""
+        self.arena.close()
+        self.run.close()
 
 
 class LocalJob:
@@ -72,6 +72,7 @@ class LocalJob:
 
     `job` is sent to every worker as its first message together with `descriptor`, for programs that ask for
     it.  `admitted` is the run directory of the first call of `fit`, if it was already opened and locked.
+    Workers that the others have waited for in `fit` for `join_timeout_s` are named.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class LocalJob:
         *,
         threads: int = 1,
         max_restarts: int = 10,
+        join_timeout_s: float = 30.0,
         job: dict[str, Any] | None = None,
         descriptor: int | None = None,
         admitted: tuple[RunDirectory, Admission] | None = None,
@@ -90,14 +92,17 @@ class LocalJob:
         self._arguments = list(arguments)
         self._nproc = nproc
         self._threads = threads
+        self._join_timeout_s = join_timeout_s
         self._first_message = job
         self._descriptor = descriptor
         self._admitted = admitted
         self._state = coordinator.State(hosts=(0,) * nproc, max_restarts=max_restarts)
-        self._processes: dict[int, _Process] = {}
+        self._processes: dict[int, WorkerProcess] = {}
         self._calls: list[_Call] = []
         self._selector = selectors.DefaultSelector()
         self._stop_signal = 0
+        self._own_signal_at: float | None = None
+        self._warned_at = time.monotonic()
         self._message = ""
         self._steps_redone = 0
 
@@ -108,8 +113,9 @@ class LocalJob:
             for rank in range(self._nproc):
                 self._start(rank)
             while not self._state.ended:
-                for key, _ in self._selector.select():
+                for key, _ in self._selector.select(_TICK_S):
                     key.data()
+                self._name_missing()
             return self._end()
         finally:
             for process in self._processes.values():
@@ -117,9 +123,24 @@ class LocalJob:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             for call in self._calls:
-                call.arena.close()
-                call.run.close()
+                call.close()
             self._selector.close()
+
+    def _name_missing(self) -> None:
+        """Say whom the others wait for when some have come to `fit` and some have not for a long time."""
+        call = self._current_call()
+        if call is None or call.released or len(call.joined) == self._nproc:
+            return
+        waited = time.monotonic() - max(call.began, self._warned_at)
+        if waited > self._join_timeout_s:
+            self._warned_at = time.monotonic()
+            missing = sorted(set(range(self._nproc)) - call.joined)
+            seconds = time.monotonic() - call.began
+            print(
+                f"distbp: W_WAITING for worker {missing} to call fit, {seconds:.0f} s so far",
+                file=sys.stderr,
+                flush=True,
+            )
 
     # Signals.
 
@@ -139,45 +160,41 @@ class LocalJob:
         return {number: signal.signal(number, handle) for number in numbers}
 
     def _read_signals(self, reader: socket.socket) -> None:
-        """Ask for a stop at the first signal; end at once at the second."""
+        """Ask for a stop at the first signal; end at once at the second.
+
+        A signal to the whole process group arrives here, and from every worker; `timeout` sends each twice.
+        So workers' signals do not count here, nor does one that follows within `_SAME_SIGNAL_S`.
+        """
         for number in reader.recv(64):
-            if self._stop_signal:
-                self._handle(coordinator.Failed(-1, 128 + number, "stopped at once, by a second signal"))
-            else:
+            now = time.monotonic()
+            if self._own_signal_at is None:
+                self._own_signal_at = now
                 self._request_stop(number)
+            elif now - self._own_signal_at > _SAME_SIGNAL_S:
+                self._handle(coordinator.Failed(-1, 128 + number, "stopped at once, by a second signal"))
 
     def _request_stop(self, number: int) -> None:
         """Let every worker finish its step, save and leave."""
         self._stop_signal = self._stop_signal or number
-        for call in self._calls:
+        call = self._current_call()
+        if call is not None:
             call.arena.request_stop()
 
     # Processes.
 
     def _start(self, rank: int) -> None:
         """Start the worker `rank`."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = os.environ | thread_variables(self._threads)
-        environment |= {
-            "DISTBP_RANK": str(rank),
-            "DISTBP_SIZE": str(self._nproc),
-            "DISTBP_HOST": f"fd:{theirs.fileno()}",
-        }
-        command = [sys.executable, "-m", "distbp.cli.worker", *self._arguments]
-        popen = subprocess.Popen(
-            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-        )
-        theirs.close()
-        process = _Process(popen, ours, os.pidfd_open(popen.pid))
+        process = WorkerProcess.start(rank, self._nproc, self._threads, self._arguments)
         self._processes[rank] = process
-        self._selector.register(ours, selectors.EVENT_READ, lambda: self._read_message(rank, process))
+        self._selector.register(
+            process.channel, selectors.EVENT_READ, lambda: self._read_message(rank, process)
+        )
         self._selector.register(process.pidfd, selectors.EVENT_READ, lambda: self._note_end(rank, process))
         if self._first_message is not None:
-            send(ours, self._first_message, self._descriptor)
+            self._tell(process, self._first_message, self._descriptor)
 
-    def _note_end(self, rank: int, process: _Process) -> None:
+    def _note_end(self, rank: int, process: WorkerProcess) -> None:
         """Read what a worker said before it ended; without a goodbye it is lost."""
-        seen = time.monotonic()
         while process.channel.fileno() >= 0 and self._read_message(rank, process):
             pass
         process.popen.wait()
@@ -185,8 +202,10 @@ class LocalJob:
         if process.said_goodbye or self._state.ended:
             return
         call = self._current_call()
+        if call is not None:
+            call.joined.discard(rank)
         step, saved = (EMPTY, EMPTY) if call is None else (call.arena.committed, call.arena.saved)
-        cause = _describe_exit(process.popen.returncode)
+        cause = process.cause()
         self._handle(coordinator.Lost(rank, cause, step, saved))
         if not self._state.ended:
             action = f"respawn({self._state.restarts_without_progress}/{self._state.max_restarts})"
@@ -197,31 +216,25 @@ class LocalJob:
                 pid=process.popen.pid,
                 step=step,
                 cause=cause,
-                detected_s=round(time.monotonic() - seen, 4),
                 action=action,
                 resume_step=step,
             )
 
-    def _forget(self, process: _Process) -> None:
+    def _forget(self, process: WorkerProcess) -> None:
         """Stop watching a process that has ended."""
         for watched in (process.channel, process.pidfd):
             with suppress(KeyError, ValueError):
                 self._selector.unregister(watched)
-        process.channel.close()
-        if process.pidfd >= 0:
-            os.close(process.pidfd)
-            process.pidfd = -1
+        process.close()
 
-    def _kill(self, process: _Process) -> None:
+    def _kill(self, process: WorkerProcess) -> None:
         """End a process if it still runs, and wait for it."""
-        if process.popen.poll() is None:
-            process.popen.kill()
-        process.popen.wait()
+        process.kill()
         self._forget(process)
 
     # Messages.
 
-    def _read_message(self, rank: int, process: _Process) -> bool:
+    def _read_message(self, rank: int, process: WorkerProcess) -> bool:
         """Handle one message of a worker; return False when there is none left."""
         try:
             message, _ = receive(process.channel, socket.MSG_DONTWAIT)
@@ -247,10 +260,22 @@ class LocalJob:
         else:
             assert message["kind"] == "left", f"unknown message {message['kind']!r}"
             process.said_goodbye = True
+            call = self._current_call()
+            if call is not None and message["exit_code"] == 0:
+                self._refuse_unequal(rank)
             self._handle(coordinator.Left(rank, message["exit_code"]))
         return True
 
-    def _join(self, rank: int, process: _Process, number: int, plan: Plan) -> None:
+    def _tell(self, process: WorkerProcess, message: dict[str, Any], descriptor: int | None = None) -> None:
+        """Send a message; a worker that has died meanwhile is reported by its pidfd."""
+        with suppress(OSError):
+            send(process.channel, message, descriptor)
+
+    def _tell_result(self, process: WorkerProcess, number: int) -> None:
+        """Send the result of a call that is over."""
+        self._tell(process, {"kind": "result", "call": number, "result": self._calls[number - 1].result})
+
+    def _join(self, rank: int, process: WorkerProcess, number: int, plan: Plan) -> None:
         """Give a worker its seat in call `number`, or the result if that call is over."""
         if number > len(self._calls):
             assert number == len(self._calls) + 1, f"call {number} comes after {len(self._calls)}"
@@ -261,9 +286,12 @@ class LocalJob:
                 return
         call = self._calls[number - 1]
         if call.result is not None:
-            send(process.channel, {"kind": "result", "call": number, "result": call.result})
+            self._tell_result(process, number)
             return
-        if differing := _compare_plans(call.plan, plan):
+        if self._state.left:
+            self._refuse_unequal(sorted(self._state.left)[0])
+            return
+        if differing := compare_plans(call.plan, plan):
             message = (
                 f"worker {rank} brought another plan than the first worker: {differing}; "
                 "every worker must run the same script with the same options, data, NumPy, BLAS kernel "
@@ -280,10 +308,20 @@ class LocalJob:
             "restore": str(restore) if restore else None,
             "start": call.admission.start,
         }
-        send(process.channel, seat, call.arena.descriptor)
+        self._tell(process, seat, call.arena.descriptor)
+
+    def _refuse_unequal(self, rank: int) -> None:
+        """End a job in which one worker has left while others wait for it in `fit`."""
+        message = (
+            f"worker {rank} ended without the call of fit in which the others wait for it; every worker must "
+            "make the same calls"
+        )
+        self._handle(coordinator.Failed(rank, 1, message))
 
     def _open_call(self, plan: Plan) -> _Call:
         """Open the run directory and make the arena for a new call of `fit`."""
+        if self._calls:  # A script may catch the error of one call and make another.
+            self._calls[-1].close()
         if self._admitted is not None and not self._calls:
             run, admission = self._admitted
         else:
@@ -296,11 +334,11 @@ class LocalJob:
             arena.request_stop()
         return _Call(plan, run, admission, arena, time.monotonic(), result=admission.result)
 
-    def _note_parked(self, rank: int, process: _Process, number: int, attempt: int) -> None:
+    def _note_parked(self, rank: int, process: WorkerProcess, number: int, attempt: int) -> None:
         """Pass on that a worker is parked, or tell it that there is nothing left to wait for."""
         call = self._calls[number - 1]
         if call.result is not None:
-            send(process.channel, {"kind": "result", "call": number, "result": call.result})
+            self._tell_result(process, number)
         else:
             self._handle(coordinator.Parked(rank, attempt))
 
@@ -319,9 +357,8 @@ class LocalJob:
         }
         call.run.write_result(call.result)
         for rank in call.joined:
-            with suppress(OSError):
-                message = {"kind": "result", "call": number, "result": call.result}
-                send(self._processes[rank].channel, message)
+            self._tell_result(self._processes[rank], number)
+        call.close()
 
     # Decisions.
 
@@ -368,40 +405,32 @@ class LocalJob:
             self._calls[-1].run.event({"kind": kind} | fields)
 
     def _end(self) -> int:
-        """Let workers leave, print why the job failed as the last thing, and return the exit code."""
-        if not self._message:
-            until = time.monotonic() + _GRACE_S
-            for process in self._processes.values():
-                with suppress(subprocess.TimeoutExpired):
-                    process.popen.wait(max(0.0, until - time.monotonic()))
+        """Let workers leave, print why the job ended as the last thing, and return the exit code."""
+        until = time.monotonic() + (_FAILED_GRACE_S if self._message else _GRACE_S)
+        for process in self._processes.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.popen.wait(max(0.0, until - time.monotonic()))
         for process in self._processes.values():
             self._kill(process)
+        code = self._state.exit_code
+        if code == 75:
+            code = 130 if self._stop_signal == signal.SIGINT else 75
+            last = self._calls[-1] if self._calls else None
+            self._message = (
+                "stopped on request before training began; run again"
+                if last is None or last.result is None
+                else f"stopped on request after step {last.result['steps']}; the checkpoint is safe in "
+                f"{last.admission.out}; run the same command again to go on"
+            )
+        elif self._message:
+            self._note_failure(code)
         if self._message:
             print(f"distbp: {self._message}", file=sys.stderr, flush=True)
-        code = self._state.exit_code
-        return 130 if code == 75 and self._stop_signal == signal.SIGINT else code
+        return code
 
-
-def _describe_exit(returncode: int) -> str:
-    """Return 'SIGKILL' or 'exit 3'."""
-    if returncode >= 0:
-        return f"exit {returncode}"
-    try:
-        return signal.Signals(-returncode).name
-    except ValueError:
-        return f"signal {-returncode}"
-
-
-def _compare_plans(first: Plan, other: Plan) -> str:
-    """Return what differs between two plans, or an empty text."""
-    one: Mapping[str, Any] = msgspec.to_builtins(first)
-    two: Mapping[str, Any] = msgspec.to_builtins(other)
-    differences = []
-    for key in one:
-        if isinstance(one[key], dict):
-            keys = sorted({*one[key], *two[key]})
-            pairs = [(f"{key}.{name}", one[key].get(name), two[key].get(name)) for name in keys]
-        else:
-            pairs = [(key, one[key], two[key])]
-        differences += [f"{name} {left!r} and {right!r}" for name, left, right in pairs if left != right]
-    return "; ".join(differences)
+    def _note_failure(self, code: int) -> None:
+        """Write the failure where the result would be."""
+        call = self._current_call()
+        if call is not None:
+            with suppress(DistbpError):
+                call.run.write_result({"status": "failed", "exit_code": code, "message": self._message})

@@ -8,7 +8,9 @@ ancillary data.  The kernel kills the worker when its parent dies, so nothing is
 from __future__ import annotations
 
 import array
+import contextlib
 import faulthandler
+import math
 import os
 import select
 import socket
@@ -20,14 +22,12 @@ import msgspec
 
 from distbp.arena import Arena, ArenaLayout, Parked
 from distbp.backends.base import Admission, CallFinished, Plan, Seat
-from distbp.errors import WorkerLost, error_for_code
+from distbp.errors import WorkerLost
 
 __all__ = ["MESSAGE_LIMIT", "LocalMembership", "receive", "send"]
 
 MESSAGE_LIMIT = 150_000
 """Bytes of one message; the kernel's default socket buffer takes 212,992."""
-
-_GATE_DEADLINE_S = 120.0
 
 
 def send(channel: socket.socket, message: dict[str, Any], descriptor: int | None = None) -> None:
@@ -86,11 +86,9 @@ class LocalMembership:
         self._call += 1
         call = self._call
         self._send({"kind": "join", "call": call, "plan": msgspec.to_builtins(plan)})
-        message, descriptor = receive(self._channel)
+        message, descriptor = self._answer(call)
         if message["kind"] == "result":
             return dict(message["result"])
-        if message["kind"] == "error":
-            raise error_for_code(message["exit_code"], message["message"])
         assert descriptor is not None, "a seat comes with the arena"
         layout = msgspec.convert(message["layout"], ArenaLayout)
         arena = Arena.attach(descriptor, layout, self.rank)
@@ -101,7 +99,7 @@ class LocalMembership:
         def gate() -> int:
             return arena.wait_for_release(
                 lambda attempt: self._send({"kind": "parked", "call": call, "attempt": attempt}),
-                deadline_s=_GATE_DEADLINE_S,
+                deadline_s=math.inf,  # The launching process watches everybody, and its end is seen here.
                 check=lambda: self._check_finished(call),
             )
 
@@ -128,10 +126,15 @@ class LocalMembership:
                 raise Parked
 
     def report_failure(self, exit_code: int, message: str) -> None:
-        """Tell the launching process why this worker ends, and write it into its log."""
+        """Tell the launching process why this worker ends, and write it into its log; never raises."""
+        text = message
+        while len(msgspec.json.encode(text)) > MESSAGE_LIMIT - 1000:
+            text = text[len(text) // 4 :]  # The end of a traceback says most.
+        with contextlib.suppress(WorkerLost):
+            self._send({"kind": "failed", "exit_code": exit_code, "message": text})
         if self._log is not None:
-            self._log.write(f"{time.strftime('%H:%M:%S')} failed with {exit_code}: {message}\n")
-        self._send({"kind": "failed", "exit_code": exit_code, "message": message[-MESSAGE_LIMIT // 3 :]})
+            with contextlib.suppress(OSError):
+                self._log.write(f"{time.strftime('%H:%M:%S')} failed with {exit_code}: {message}\n")
 
     def report_stop(self, number: int) -> None:
         """Pass on a signal that was sent to this worker alone."""
@@ -140,6 +143,16 @@ class LocalMembership:
     def say_goodbye(self, exit_code: int) -> None:
         """Say that the program has come to its end."""
         self._send({"kind": "left", "exit_code": exit_code})
+
+    def _answer(self, call: int) -> tuple[dict[str, Any], int | None]:
+        """Return the answer to this call's `join`; the result of an earlier call may still be on its way."""
+        while True:
+            try:
+                message, descriptor = receive(self._channel)
+            except EOFError as error:
+                raise WorkerLost("the launching process is gone; run again: resuming is safe") from error
+            if message["kind"] != "result" or message["call"] == call:
+                return message, descriptor
 
     def _send(self, message: dict[str, Any]) -> None:
         try:

@@ -6,14 +6,19 @@ the running call to stop after its step; the handlers stand only while `fit` run
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import signal
+import sys
 import threading
 import time
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from distbp.arena import Arena
 from distbp.backends.base import Plan, Seat, host_layout
+from distbp.errors import DistbpError
 from distbp.run_directory import RunDirectory
 
 __all__ = ["SerialMembership"]
@@ -27,6 +32,9 @@ class SerialMembership:
     size = 1
 
     def __init__(self) -> None:
+        """Let a script that ends with one of our errors end with its exit code, as `distbp run` would."""
+        self._excepthook = sys.excepthook
+        sys.excepthook = self._end
         self.stop_signal = 0
         self._run: RunDirectory | None = None
         self._previous: dict[int, Any] = {}
@@ -64,6 +72,14 @@ class SerialMembership:
         """Return 130 instead of 75 if it was Ctrl-C that stopped the run."""
         return 130 if code == 75 and self.stop_signal == signal.SIGINT else code
 
+    def note_failure(self, error: DistbpError) -> None:
+        """Write the failure where the result would be."""
+        if self._run is not None:
+            with contextlib.suppress(DistbpError):
+                self._run.write_result(
+                    {"status": "failed", "exit_code": error.exit_code, "message": str(error)}
+                )
+
     def close(self) -> None:
         """Give back the signals and the run directory; idempotent."""
         for number, handler in self._previous.items():
@@ -72,6 +88,18 @@ class SerialMembership:
         if self._run is not None:
             self._run.close()
             self._run = None
+
+    def _end(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Print an error of ours as a message and end with its code; leave others to Python."""
+        if not isinstance(error, DistbpError):
+            self._excepthook(kind, error, trace)
+            return
+        print(f"distbp: {error}", file=sys.stderr)
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(error.exit_code)
 
     def _listen(self, arena: Arena) -> None:
         """Turn the first stop signal into a request; a second one acts as it did before `fit`."""

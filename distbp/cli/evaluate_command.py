@@ -1,7 +1,8 @@
-"""`distbp evaluate`: loss and accuracy of a trained model over a data set.
+"""`distbp evaluate`: loss and accuracy of a trained model over a data set; for numbers loss and rmse.
 
 The arithmetic is that of validation during training (`evaluation.py`), with the same BLAS threads, so the
-same samples give the same figures to the last digit.
+same samples give the same figures to the last digit.  The loss of numbers is in units of the variance of the
+training targets; `rmse` is in the unit of the targets themselves and costs a second pass over the data.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: str, data: str, target: str | None, part: str | None, as_json: bool) -> None:
     """Print the figures."""
-    from distbp.cli.model import load_model, read_samples
+    from distbp.cli.model import load_model, predict, read_samples, root_mean_square
     from distbp.environment import limit_threads
 
     trained = load_model(model)
     samples = read_samples(trained, data, part=part, target=target)
     with limit_threads(trained.config.run.threads):
         figures = trained.trainer.evaluate(samples.dataset)
+        regression = trained.preprocessing.task == "regression"
+        error = root_mean_square(trained, samples, predict(trained, samples)) if regression else {}
     report: dict[str, Any] = {
         "loss": figures["loss"],
         "accuracy": figures["accuracy"],
+        **error,
         "samples": len(samples.dataset),
         "data": data,
         "part": samples.part,

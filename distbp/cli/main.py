@@ -9,9 +9,12 @@ import importlib
 import os
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+if TYPE_CHECKING:
+    from distbp.errors import DistbpError
 
 __all__ = ["COMMANDS", "main"]
 
@@ -76,30 +79,53 @@ def _group() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the code that `errors.py` assigns to what happened."""
+    open_missing_streams()
     _stop_quietly_until_ready()
+    from distbp.backends.launcher import claim
     from distbp.errors import DistbpError
 
     try:
         code: Any = _group.main(arguments, prog_name="distbp", standalone_mode=False)
     except DistbpError as error:
-        print(f"distbp: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        end_with(error)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        started = claim()
+        if started is None or started.rank == 0:
+            error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def end_with(error: DistbpError) -> NoReturn:
+    """Print the error and exit with its code; under MPI an error of one rank alone ends all of them."""
+    if "distbp.backends.mpi" in sys.modules:
+        from distbp.backends.mpi import MPIMembership
+        from distbp.trainer import membership
+
+        members = membership() if "mpi4py.MPI" in sys.modules else None
+        if isinstance(members, MPIMembership):
+            members.end(error, "")
+    print(f"distbp: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def open_missing_streams() -> None:
+    """Open /dev/null in place of closed standard streams, so that no other file takes their place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  Open for the process's life.
 
 
 def _stop_quietly_until_ready() -> None:
     """Give SIGUSR1 an answer while the program still starts: nothing has begun, so 75 is the truth."""
 
     def stop(number: int, frame: object) -> None:
-        print("distbp: stopped on request before training began; run again", file=sys.stderr)
+        print("distbp: stopped on request; nothing is half written, run again to go on", file=sys.stderr)
         os._exit(75)
 
     for number in (signal.SIGUSR1, signal.SIGTERM):

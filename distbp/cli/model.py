@@ -10,10 +10,14 @@ is named on stderr, and a checkpoint that the user named never falls back to ano
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distbp import checkpoint
 from distbp import config as configuration
@@ -24,7 +28,15 @@ from distbp.errors import CheckpointError, ConfigError, InputMissing
 from distbp.nn import Network
 from distbp.trainer import Trainer
 
-__all__ = ["Samples", "TrainedModel", "checkpoints_of", "load_model", "read_samples"]
+__all__ = [
+    "Samples",
+    "TrainedModel",
+    "checkpoints_of",
+    "load_model",
+    "predict",
+    "read_samples",
+    "root_mean_square",
+]
 
 
 @dataclass(frozen=True)
@@ -42,11 +54,12 @@ class TrainedModel:
 class Samples:
     """One part of a data set as the model sees it: "all" if there is one, else "train" or "validation".
 
-    `note` says what else the data hold, or is empty.  Where `labelled` is false the targets are zeros that
-    mean nothing.
+    `targets` are those of the file, in the user's unit: class codes (N,) or float32 (N, O).  `note` says what
+    else the data hold, or is empty.  Where `labelled` is false the targets are zeros that mean nothing.
     """
 
     dataset: ArrayDataset
+    targets: NDArray[Any]
     part: str
     labelled: bool
     note: str
@@ -122,7 +135,28 @@ def read_samples(
         )
     source = sources.validation if part == "validation" and sources.validation is not None else sources.train
     shown = "all" if sources.validation is None else part or "train"
-    return Samples(_dataset(model, source), shown, source.labelled and labelled, note)
+    return Samples(_dataset(model, source), source.y, shown, source.labelled and labelled, note)
+
+
+def predict(model: TrainedModel, samples: Samples) -> NDArray[Any]:
+    """Return logits (N, C) float32 for classes, or numbers (N, O) float64 in the unit of the targets."""
+    outputs = model.trainer.predict(samples.dataset.x)
+    if model.preprocessing.task == "classification":
+        return outputs
+    return model.preprocessing.restore_targets(outputs)
+
+
+def root_mean_square(model: TrainedModel, samples: Samples, predicted: NDArray[Any]) -> dict[str, Any]:
+    """Return `{"rmse": ...}` of what `predict` gave, in the user's unit; nothing for classes.
+
+    It is one number, or a list with one for each output where there are several: these may have different
+    units, so they are not averaged.  A number that is not finite is None, because JSON has no NaN.
+    """
+    if model.preprocessing.task == "classification":
+        return {}
+    squares = np.square(predicted - samples.targets.astype(np.float64))
+    roots = [root if math.isfinite(root) else None for root in np.sqrt(squares.mean(axis=0)).tolist()]
+    return {"rmse": roots[0] if len(roots) == 1 else roots}
 
 
 def _verified(path: str) -> Path:
@@ -156,4 +190,4 @@ def _with_target(schema: dict[str, Any], target: str) -> dict[str, Any]:
 
 def _dataset(model: TrainedModel, source: Source) -> ArrayDataset:
     """Return the samples of a source, normalised as in training: the same operation, so the same bits."""
-    return ArrayDataset(model.preprocessing.apply(source.x), source.y)
+    return ArrayDataset(model.preprocessing.apply(source.x), model.preprocessing.apply_targets(source.y))

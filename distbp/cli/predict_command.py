@@ -5,8 +5,11 @@
     FILE.csv   classes: `prediction` (the name) and `p_<class>` for each class;
                numbers: `prediction`, or `prediction_0`, `prediction_1`, ...
 
-Labels are not needed.  Where there are any, loss and accuracy are printed too; they come from the same
-function as those of training and cost a second pass over the data.
+Numbers are in the unit of the targets in training: the model's outputs are brought back to it in float64 and
+rounded once, to float32, which is how targets are read.
+
+Labels are not needed.  Where there are any, loss and accuracy (for numbers `rmse`, in that unit) are printed
+too; loss and accuracy come from the same function as those of training and cost a second pass over the data.
 
 The file appears whole or not at all.  All predictions are held in memory before they are written.
 """
@@ -49,14 +52,16 @@ def command(model: str, data: str, output: str, part: str | None) -> None:
     """Predict, write, and say how well it fits if that can be known."""
     path = Path(output)
     encode = _encoder(path)
-    from distbp.cli.model import load_model
+    from distbp.cli.model import load_model, predict, root_mean_square
     from distbp.environment import limit_threads
 
     trained = load_model(model)
     samples = _read(trained, data, part)
     with limit_threads(trained.config.run.threads):
-        outputs = trained.trainer.predict(samples.dataset.x)
-        figures = trained.trainer.evaluate(samples.dataset) if samples.labelled else {}
+        outputs = predict(trained, samples)
+        figures: dict[str, Any] = {}
+        if samples.labelled:
+            figures = trained.trainer.evaluate(samples.dataset) | root_mean_square(trained, samples, outputs)
     _write_whole(path, encode(outputs, trained.preprocessing))
     print(f"{len(outputs):,} predictions in {path}")
     for name, value in figures.items():
@@ -103,7 +108,7 @@ def _as_npy(outputs: Array, preprocessing: Preprocessing) -> bytes:
 
     names = preprocessing.classes
     if names is None:
-        values = outputs[:, 0] if outputs.shape[1] == 1 else outputs
+        values = (outputs[:, 0] if outputs.shape[1] == 1 else outputs).astype(np.float32)
     else:
         values = np.argmax(outputs, axis=1).astype(np.int64)
         if all(map(_is_int64, names)):
@@ -131,7 +136,7 @@ def _as_csv(outputs: Array, preprocessing: Preprocessing) -> bytes:
     if names is None:
         many = outputs.shape[1] > 1
         rows.append([f"prediction_{column}" if many else "prediction" for column in range(outputs.shape[1])])
-        rows += [[f"{value:.9g}" for value in row] for row in outputs.tolist()]
+        rows += [[f"{value:.9g}" for value in row] for row in outputs.astype(np.float32).tolist()]
     else:
         rows.append(["prediction", *(f"p_{name}" for name in names)])
         chosen = np.argmax(outputs, axis=1).tolist()

@@ -39,11 +39,14 @@ def command(
     args: tuple[str, ...],
 ) -> int:
     """Start the workers, all of which execute the script."""
+    from distbp.backends.launcher import claim
     from distbp.environment import available_cores
     from distbp.errors import ConfigError, InputMissing
 
     if not Path(script).is_file():
         raise InputMissing(f"no such script: {script!r}")
+    if backend is None and claim() is not None:
+        return _run_here(script, args)
     if backend == "serial" or (backend is None and sys.platform != "linux"):
         if nproc not in (None, 1):
             raise ConfigError(f"--backend serial is one worker, got --nproc {nproc}; use --backend local")

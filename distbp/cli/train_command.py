@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -50,7 +49,17 @@ def command(
     data: str | None, file: str | None, overrides: tuple[str, ...], dry_run: bool, **flags: str | None
 ) -> int:
     """Resolve, check, and train."""
-    config = read_config(data, file, overrides, flags).config
+
+    def read() -> Config:
+        return read_config(data, file, overrides, flags).config
+
+    from distbp.backends.launcher import claim
+
+    if claim() is not None:
+        from distbp.cli.mpi_train import train_on_ranks
+
+        return train_on_ranks(read, dry_run=dry_run)
+    config = read()
     from distbp.cli.job import load_data
 
     return train(config, load_data(config), dry_run=dry_run)
@@ -73,6 +82,8 @@ def read_config(
     resolved = resolve(
         file=Path(file) if file else None, environment=os.environ, flags=given, overrides=overrides
     )
+    if resolved.origin["run.verify_every"] != "default":
+        print("distbp: W_NO_EFFECT run.verify_every is not in effect in this version", file=sys.stderr)
     if not resolved.config.data.path:
         raise ConfigError("no data: name a file, a directory or 'digits', as in: distbp train digits")
     return resolved
@@ -80,18 +91,19 @@ def read_config(
 
 def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
     """Check what is left to check, start the workers, and say how it ended."""
-    from distbp.cli.job import build_trainer, fit, fit_options, pack_job, run_name
-    from distbp.run_directory import RunDirectory, default_name
+    from distbp.cli.job import build_trainer, fit, fit_options, pack_job, run_name, with_task_defaults
+    from distbp.cli.outcome import describe_plan, report
+    from distbp.run_directory import RunDirectory
 
     backend, nproc = choose_workers(config)
     trainer = build_trainer(config, prepared.preprocessing)
-    out = str(Path(config.run.out or default_name(run_name(config))).absolute())
-    options = fit_options(config, prepared.preprocessing, out)
+    options = fit_options(config, prepared.preprocessing, config.run.out)
     plan = trainer.plan(prepared.train, prepared.validation, workers=nproc, **options)
     if dry_run:
-        describe_plan(config, backend, nproc, plan)
+        describe_plan(with_task_defaults(config, prepared.preprocessing), backend, nproc, plan)
         return 0
-    run = RunDirectory.open(out, run_name(config))
+    run = RunDirectory.open(plan.out, run_name(config))
+    out = str(run.path)
     try:
         admission = run.admit(plan)
         if admission.result is not None:
@@ -109,6 +121,7 @@ def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
             nproc,
             threads=config.run.threads,
             max_restarts=config.run.max_restarts,
+            join_timeout_s=config.run.join_timeout_s,
             job=packed.message,
             descriptor=packed.descriptor,
             admitted=(run, admission),
@@ -126,8 +139,10 @@ def choose_workers(config: Config) -> tuple[str, int]:
     from distbp.partition import default_micro_batch
 
     backend = config.run.backend
-    if backend in ("mpi", "ray"):
-        raise ConfigError(f"run.backend {backend!r} is not part of this version; use 'local' or 'serial'")
+    if backend == "ray":
+        raise ConfigError("run.backend 'ray' is not part of this version; use 'local', 'serial' or 'mpi'")
+    if backend == "mpi":
+        raise ConfigError("run.backend 'mpi' needs a launcher, as in: mpirun -n 4 distbp train ...")
     if backend == "auto":
         backend = "local" if sys.platform == "linux" else "serial"
     micro_batch = config.train.micro_batch or default_micro_batch(config.train.batch_size)
@@ -144,36 +159,3 @@ def choose_workers(config: Config) -> tuple[str, int]:
             file=sys.stderr,
         )
     return backend, nproc
-
-
-def describe_plan(config: Config, backend: str, nproc: int, plan: Any) -> None:
-    """Print what would be done."""
-    from distbp.config import to_toml
-
-    print(to_toml(config), end="")
-    print(
-        f"# {nproc} worker{'s' if nproc > 1 else ''}, backend {backend}, {plan.micro_batches} micro-batches, "
-        f"{plan.total_steps} steps, {plan.size:,} parameters with padding; nothing was started"
-    )
-
-
-def report(out: Path) -> int:
-    """Say how the run ended, where it lies, and what to do next."""
-    result = json.loads((out / "result.json").read_text())
-    validation = result["validation"] or {}
-    parts = [f"{result['epochs']} epochs, {result['steps']} steps in {result['wall_seconds']:.1f} s"]
-    if result["samples_per_second"]:
-        parts.append(f"{result['samples_per_second']:,.0f} samples/s")
-    if result["train_loss"] is not None:
-        parts.append(f"training loss {result['train_loss']:.4f}")
-    if validation.get("loss") is not None:
-        parts.append(f"validation loss {validation['loss']:.4f}")
-    if validation.get("accuracy") is not None:
-        parts.append(f"validation accuracy {validation['accuracy']:.4f}")
-    if result["restarts"]:
-        parts.append(f"{result['restarts']} lost workers replaced")
-    print(", ".join(parts))
-    shown = os.path.relpath(out)
-    print(f"run {shown}   parameters {result['parameters_sha256'][:16]}")
-    print(f"next: distbp predict {shown} DATA -o predictions.csv")
-    return int(result["exit_code"])

@@ -9,6 +9,7 @@ Without a script the worker waits for a job message, which describes a `distbp t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import runpy
@@ -64,6 +65,7 @@ def run_reporting(members: LocalMembership, arguments: list[str]) -> int:
     except Stopped as error:
         code = error.exit_code
     except DistbpError as error:
+        _flush()
         members.report_failure(error.exit_code, str(error))
         return error.exit_code
     except SystemExit as leaving:
@@ -72,12 +74,19 @@ def run_reporting(members: LocalMembership, arguments: list[str]) -> int:
             return 1
     except BaseException:
         text = traceback.format_exc()
+        _flush()
         members.report_failure(1, f"worker {members.rank} raised:\n{text}")
         return 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     members.say_goodbye(code)
     return code
+
+
+def _flush() -> None:
+    """Write what was printed; a closed stream is not this worker's failure."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
 
 
 def _train(members: LocalMembership) -> None:
@@ -91,6 +100,6 @@ def _train(members: LocalMembership) -> None:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    if len(sys.argv) > 1:
+        sys.exit(code)  # A script may have asked for work at exit.
     os._exit(code)  # Nothing is left to do; interpreter shutdown would only cost time.

@@ -55,10 +55,10 @@ _split = split
 
 
 def _dataset(source: Source, indices: NDArray[np.int64], preprocessing: Preprocessing) -> ArrayDataset:
-    """Return the chosen samples, normalised."""
+    """Return the chosen samples, normalised, and their targets as the loss sees them."""
     x = np.empty((len(indices), *preprocessing.sample_shape), np.float32)
     for start in range(0, len(indices), ROWS):
         chosen = indices[start : start + ROWS]
         preprocessing.apply(source.x[chosen], out=x[start : start + len(chosen)])
-    y: NDArray[Any] = source.y[indices]
+    y: NDArray[Any] = preprocessing.apply_targets(source.y[indices])
     return ArrayDataset(x, y)

@@ -5,7 +5,10 @@ to predict from another file.  It is made of Python numbers and goes through JSO
 
 Sums are taken in float64, row by row over whole samples: such additions are elementwise, so that their order,
 and with it every bit, does not depend on the processor.  Two passes, because the one-pass formula cancels.
-Regression targets are left as they are.
+Regression targets are treated alike, always one mean and deviation for each output: a network starts with
+outputs of size 1, and targets of size 10^5 would make its first steps 10^5 times too long.  The loss is then
+in units of the variance of the training targets, so 1 is what predicting their mean gives.  Rejected:
+multiplying the reported loss back, because it would no longer be the number that is made small.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ class Preprocessing:
 
     `mode` is "none" (`mean` and `std` empty), "global" (one number each) or "feature" (one for each value of
     a flattened sample).
+
+    `target_mean` and `target_std` hold one number for each output of a regression.  They are empty, and
+    targets stay as they are, for classes, where `mode` is "none", and in checkpoints that were written before
+    there were these fields.
     """
 
     task: Task
@@ -48,6 +55,8 @@ class Preprocessing:
     mode: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    target_mean: tuple[float, ...] = ()
+    target_std: tuple[float, ...] = ()
 
     def apply(self, x: NDArray[Any], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Return samples `x` (N, *sample_shape) as the model sees them: float32, new or in `out`.
@@ -61,6 +70,23 @@ class Preprocessing:
         for start, stop in _blocks(len(x), self.sample_shape):
             result[start:stop] = self._apply_block(x[start:stop])
         return result
+
+    def apply_targets(self, y: NDArray[Any]) -> NDArray[Any]:
+        """Return targets as the model sees them: float32 (N, O), computed in float64; codes as they are."""
+        if not self.target_mean:
+            return y
+        values = y.astype(np.float64)
+        values -= np.array(self.target_mean)
+        values *= 1.0 / np.array(self.target_std)
+        return values.astype(np.float32)
+
+    def restore_targets(self, outputs: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return a regression's outputs (N, O) in the unit of the targets that `apply_targets` was given."""
+        values = outputs.astype(np.float64)
+        if self.target_mean:
+            values *= np.array(self.target_std)
+            values += np.array(self.target_mean)
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as JSON-able values; floats survive JSON exactly (shortest round-trip form)."""
@@ -81,6 +107,8 @@ class Preprocessing:
                 mode=values["mode"],
                 mean=tuple(float(m) for m in values["mean"]),
                 std=tuple(float(s) for s in values["std"]),
+                target_mean=tuple(float(m) for m in values.get("target_mean", ())),
+                target_std=tuple(float(s) for s in values.get("target_std", ())),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"preprocessing: expected the fields of a checkpoint, got: {error!r}") from error
@@ -90,10 +118,13 @@ class Preprocessing:
     def _check(self) -> None:
         """Raise DataError unless the fields fit together."""
         expected = {"none": 0, "global": 1, "feature": math.prod(self.sample_shape)}.get(self.mode)
+        targets = len(self.target_mean)
         fits = (
             expected == len(self.mean) == len(self.std)
-            and all(math.isfinite(m) for m in self.mean)
-            and all(math.isfinite(s) and s >= SMALLEST_STD for s in self.std)
+            and targets == len(self.target_std)
+            and targets in ((0, self.num_outputs) if self.task == "regression" else (0,))
+            and all(math.isfinite(m) for m in (*self.mean, *self.target_mean))
+            and all(math.isfinite(s) and s >= SMALLEST_STD for s in (*self.std, *self.target_std))
             and self.task in ("classification", "regression")
             and (self.task == "classification") == (self.classes is not None)
             and (self.classes is None or len(self.classes) == self.num_outputs)
@@ -103,7 +134,8 @@ class Preprocessing:
             raise DataError(
                 f"preprocessing: expected task, classes, mode, mean and std that fit together, got task "
                 f"{self.task!r}, mode {self.mode!r}, {len(self.mean)} means, {len(self.std)} deviations for "
-                f"samples of shape {self.sample_shape}"
+                f"samples of shape {self.sample_shape}, {targets} means, {len(self.target_std)} deviations "
+                f"for {self.num_outputs} outputs"
             )
 
     def _apply_block(self, x: NDArray[Any]) -> NDArray[np.float32]:
@@ -125,7 +157,8 @@ def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "au
     """Return the preprocessing learnt from the samples `train_indices` of `source`.
 
     `normalize` is "none", "global", "feature", or "auto": global for images (two dimensions or more), by
-    feature for tables.  A feature that never changes is only shifted.  Raises ConfigError for another word.
+    feature for tables.  A feature or target that never changes is only shifted.  Raises ConfigError for
+    another word.
     """
     if normalize not in MODES:
         raise ConfigError(f"data.normalize: expected one of {', '.join(MODES)}, got {normalize!r}")
@@ -133,8 +166,12 @@ def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "au
     mode = normalize if normalize != "auto" else ("global" if len(sample_shape) >= 2 else "feature")
     mean: NDArray[np.float64] = np.empty(0)
     std: NDArray[np.float64] = np.empty(0)
+    target_mean: NDArray[np.float64] = np.empty(0)
+    target_std: NDArray[np.float64] = np.empty(0)
     if mode != "none":
-        mean, std = _statistics(source.x, train_indices, mode == "global")
+        mean, std = _statistics(source.x, train_indices, over_everything=mode == "global")
+    if mode != "none" and source.task == "regression":
+        target_mean, target_std = _statistics(source.y, train_indices, over_everything=False)
     return Preprocessing(
         task=source.task,
         classes=source.classes,
@@ -144,13 +181,15 @@ def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "au
         mode=mode,
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
+        target_mean=tuple(target_mean.tolist()),
+        target_std=tuple(target_std.tolist()),
     )
 
 
 def _statistics(
-    x: NDArray[Any], indices: NDArray[np.int64], over_everything: bool
+    x: NDArray[Any], indices: NDArray[np.int64], *, over_everything: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean and standard deviation of the chosen samples, each (1,) or (number of features,)."""
+    """Return mean and standard deviation of the chosen rows of `x`, each (1,) or (number of features,)."""
     num_features = math.prod(x.shape[1:])
     count = len(indices) * (num_features if over_everything else 1)
     total, squares = np.zeros(num_features), np.zeros(num_features)

@@ -8,6 +8,7 @@ seconds, which a job log can bear.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ class Progress:
 
     def __init__(self, job: Job, seat: Seat) -> None:
         self._job = job
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._next_line = time.monotonic() + LINE_EVERY_S
         self._next_record = 0.0
         self._sums = np.zeros(3)
@@ -158,7 +159,8 @@ class Progress:
         """Write whole lines to stderr, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
-        else:
+            return
+        with contextlib.suppress(OSError, ValueError):  # Nobody listens any more; training goes on.
             print(text, file=sys.stderr, flush=True)
 
 

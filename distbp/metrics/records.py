@@ -7,8 +7,10 @@ lies behind it, because those steps will be made, and recorded, again.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -37,24 +39,38 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class Records:
-    """The record files of one run, written by rank 0."""
+    """The record files of one run, written by rank 0.
+
+    A disk that is full costs measurements, with one warning, and never the run.  Lines of `samples.log` are
+    kept until they can be written: that file has every step.
+    """
 
     def __init__(self, out: Path) -> None:
         self._metrics = out / "metrics.jsonl"
-        self._events = out / "events.jsonl"
         self._samples = out / "samples.log"
+        self._waiting = ""
+        self._warned = False
 
     def metric(self, record: dict[str, Any]) -> None:
         """Append a measurement."""
-        append_record(self._metrics, record)
-
-    def event(self, record: dict[str, Any]) -> None:
-        """Append an event."""
-        append_record(self._events, record)
+        self._try(self._metrics, json.dumps(record) + "\n")
 
     def samples(self, step: int, indices: Iterable[int]) -> None:
         """Append the sample numbers that step `step` consumed."""
-        _append(self._samples, f"{step}\t" + " ".join(map(str, indices)) + "\n")
+        self._waiting += f"{step}\t" + " ".join(map(str, indices)) + "\n"
+        if self._try(self._samples, self._waiting):
+            self._waiting = ""
+
+    def _try(self, path: Path, text: str) -> bool:
+        """Append `text` if the system lets us; return whether it did."""
+        try:
+            _append(path, text)
+        except CannotWrite as error:
+            if not self._warned:
+                print(f"distbp: W_RECORD_LOST {error}; training goes on", file=sys.stderr, flush=True)
+                self._warned = True
+            return False
+        return True
 
     def history(self) -> list[dict[str, Any]]:
         """Return the records that end an epoch, in order."""
@@ -62,6 +78,7 @@ class Records:
 
     def cut(self, step: int, done: int) -> None:
         """Drop what lies behind `step`, and the epoch's end at `step` itself unless `done` has reached it."""
+        self._waiting = ""
 
         def keep_metric(line: str) -> bool:
             try:
@@ -79,15 +96,24 @@ class Records:
 
 
 def _append(path: Path, text: str) -> None:
+    """Append whole lines or nothing."""
+    data = text.encode()
     try:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o600)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.write(descriptor, text.encode())
+            before = os.fstat(descriptor).st_size
+            try:
+                written = os.write(descriptor, data)
+            except OSError:
+                os.ftruncate(descriptor, before)
+                raise
+            if written < len(data):
+                os.ftruncate(descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise CannotWrite(f"cannot write {path}: {error.strerror}") from error
+        raise CannotWrite(f"cannot write {path}: {error.strerror}; free some space") from error
 
 
 def _keep_lines(path: Path, keep: Callable[[str], bool]) -> None:

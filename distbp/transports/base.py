@@ -37,7 +37,9 @@ class TransportAborted(TransportError):
 
 
 class Transport(Protocol):
-    """One member's end of the connection between hosts."""
+    """One member's end of the connection between hosts; `deadline_s` may be changed between operations."""
+
+    deadline_s: float
 
     @property
     def rank(self) -> int:

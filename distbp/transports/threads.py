@@ -45,17 +45,17 @@ class Hub:
             self.bytes_sent[sender] += array.nbytes if sender != receiver else 0
             self._changed.notify_all()
 
-    def receive(self, operation: int, name: str, sender: int, receiver: int) -> Array:
+    def receive(self, operation: int, name: str, sender: int, receiver: int, deadline_s: float) -> Array:
         """Wait for what `sender` leaves for `receiver` and take it."""
         key = (operation, sender, receiver)
-        until = time.monotonic() + self.deadline_s
+        until = time.monotonic() + deadline_s
         with self._changed:
             while key not in self._mail:
                 if self._aborted[receiver]:
                     raise TransportAborted(f"{name} on host {receiver} was aborted")
                 if not self._changed.wait(max(0.0, until - time.monotonic())):
                     raise TransportError(
-                        f"{name} on host {receiver}: waited {self.deadline_s} s for host {sender}; "
+                        f"{name} on host {receiver}: waited {deadline_s} s for host {sender}; "
                         "look at that host's log, then run again: resuming is safe"
                     )
             return self._mail.pop(key)
@@ -79,6 +79,7 @@ class ThreadsTransport:
         self._hub = hub
         self.rank = rank
         self.size = hub.size
+        self.deadline_s = hub.deadline_s
         self._operation = 0
 
     def alltoall(self, send: Sequence[Array], receive: Sequence[Array]) -> None:
@@ -122,7 +123,7 @@ class ThreadsTransport:
         self._operation += 1
 
     def _take(self, name: str, sender: int, array: Array) -> None:
-        message = self._hub.receive(self._operation, name, sender, self.rank)
+        message = self._hub.receive(self._operation, name, sender, self.rank, self.deadline_s)
         if message.shape != array.shape or message.dtype != array.dtype:
             raise TransportError(
                 f"{name} on host {self.rank}: expected {array.dtype}{array.shape} from host {sender}, "

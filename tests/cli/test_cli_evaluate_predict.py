@@ -128,7 +128,7 @@ def test_npy_predictions_are_numbers(tables: Path, name: str, possible: set[int]
 
 
 def test_regression_is_predicted_and_evaluated(tables: Path, tmp_path: Path) -> None:
-    """A regression gives numbers in both formats, and the loss that `evaluate` reports is their error."""
+    """A regression gives numbers in the targets' unit in both formats, and `evaluate` reports their error."""
     for name in ("p.csv", "p.npy"):
         printed = succeed("predict", "price", "price.csv", "-o", tmp_path / name, cwd=tables)
     values = np.load(tmp_path / "p.npy", allow_pickle=False)
@@ -139,9 +139,36 @@ def test_regression_is_predicted_and_evaluated(tables: Path, tmp_path: Path) -> 
     wanted = np.loadtxt(tables / "price.csv", delimiter=",", skiprows=1, usecols=3)
     found = json.loads(succeed("evaluate", "price", "price.csv", "--json", cwd=tables))
     assert found["accuracy"] is None
-    # The loss squares float32 differences; the comparison is in float64.
-    assert math.isclose(found["loss"], np.mean((values - wanted) ** 2), rel_tol=1e-5)
-    assert float(figures(printed)["loss"]) == found["loss"]
+    # Targets and predictions are rounded to float32 once; the comparison is in float64.
+    assert math.isclose(found["rmse"], np.sqrt(np.mean((values - wanted) ** 2)), rel_tol=1e-5)
+    assert {name: float(figures(printed)[name]) for name in ("loss", "rmse")} == {
+        name: found[name] for name in ("loss", "rmse")
+    }
+    # The loss is that in units of the variance of the training targets; it squares float32 differences.
+    metadata = json.loads((tables / found["checkpoint"] / "metadata.json").read_text())
+    (deviation,) = metadata["preprocessing"]["target_std"]
+    assert math.isclose(found["loss"], (found["rmse"] / deviation) ** 2, rel_tol=1e-5)
+
+
+def test_several_outputs_have_one_error_each(tmp_path: Path) -> None:
+    """Of a regression with outputs of different units, each has its own `rmse` and unit in the file."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 3))
+    y = np.stack([x.sum(axis=1) * 1e5 + 1e6, x[:, 0] * 1e-3], axis=1)
+    np.savez(tmp_path / "two.npz", x=x, y=y)
+    options = ("--nproc", 1, "-o", "model.name=linear", "-o", "data.split=tail")
+    succeed("train", "two.npz", "--out", "run", *options, cwd=tmp_path)
+    succeed("predict", "run", "two.npz", "-o", "p.npy", cwd=tmp_path)
+    predicted = np.load(tmp_path / "p.npy", allow_pickle=False)
+    wanted = np.sqrt(np.mean((predicted - y) ** 2, axis=0))
+    # A linear model learns these to a small part of their deviation, so rounding to float32 shows.
+    found = json.loads(succeed("evaluate", "run", "two.npz", "--json", cwd=tmp_path))
+    assert np.allclose(found["rmse"], wanted, rtol=1e-3)
+    assert (wanted < 0.1 * y.std(axis=0)).all()
+    # The last 20 samples, read from a file, give the loss that training reported to the last bit.
+    np.savez(tmp_path / "held-out.npz", x=x[-20:], y=y[-20:])
+    again = json.loads(succeed("evaluate", "run", "held-out.npz", "--json", cwd=tmp_path))
+    assert again["loss"] == json.loads((tmp_path / "run" / "result.json").read_text())["validation"]["loss"]
 
 
 def test_tables_are_read_by_the_names_of_their_columns(tables: Path, tmp_path: Path) -> None:

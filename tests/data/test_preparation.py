@@ -20,6 +20,12 @@ def source_of(x: np.ndarray) -> Source:
     return Source("test", "classification", x, np.zeros(len(x), np.int64), ("0",), schema)
 
 
+def regression(y: np.ndarray, shape: tuple[int, ...] = (2,)) -> Source:
+    """Return a source with targets `y` (N, O) and samples of zeros."""
+    schema = {"format": "npz", "sample_shape": list(shape), "task": "regression", "classes": None}
+    return Source("test", "regression", np.zeros((len(y), *shape)), y.astype(np.float32), None, schema)
+
+
 def everything(x: np.ndarray) -> np.ndarray:
     """Return the numbers of all samples."""
     return np.arange(len(x))
@@ -140,9 +146,90 @@ def test_damaged_preprocessing_is_refused(damage: dict[str, object]) -> None:
     good = learn(source, everything(source.x)).to_dict()
     with pytest.raises(DataError, match="preprocessing: expected"):
         Preprocessing.from_dict({**good, **damage})
-    for name in good:
+    for name in good.keys() - {"target_mean", "target_std"}:
         with pytest.raises(DataError, match="preprocessing: expected"):
             Preprocessing.from_dict({key: value for key, value in good.items() if key != name})
+
+
+@pytest.mark.parametrize("shape", [(2,), (4, 4)])
+def test_targets_of_a_regression_are_normalised_by_output(shape: tuple[int, ...]) -> None:
+    """Training targets have mean 0 and deviation 1 for each output; a constant one is only shifted."""
+    scales = np.array([1e5, 1e-3, 0.0])
+    y = np.random.default_rng(5).normal(3.0, 1.0, (500, 3)) * scales + [1e5, 0, 7]
+    made = prepare(
+        Sources(regression(y, shape)), validation_fraction=0.2, split="tail", normalize="auto", seed=0
+    )
+    got = made.train.y.astype(np.float64)
+    assert made.train.y.dtype == np.float32
+    # Values of size 1 in float32: their mean is off by less than one rounding of the largest.
+    assert np.abs(got.mean(axis=0)).max() < 1e-6
+    assert np.abs(got.std(axis=0) - [1, 1, 0]).max() < 1e-6
+    assert made.validation is not None
+    learnt = made.preprocessing
+    assert learnt.target_std[2] == 1.0
+    for part, original in ((made.train, y[:400]), (made.validation, y[400:])):
+        # One rounding to float32 of the target, one of what the model sees of it.
+        restored = learnt.restore_targets(part.y)
+        assert restored.dtype == np.float64
+        assert np.allclose(restored, original, rtol=3e-7, atol=1e-9)
+
+
+def test_held_out_targets_are_not_learnt_from() -> None:
+    """What is held out does not change the normalisation of the targets by a single bit."""
+    y = np.random.default_rng(6).normal(size=(100, 2))
+    changed = y.copy()
+    changed[80:] = 1e6
+    assert learn(regression(y), np.arange(80)) == learn(regression(changed), np.arange(80))
+
+
+def test_targets_are_left_alone() -> None:
+    """Codes of classes, and with "none" the numbers of a regression, stay as they are, bit for bit."""
+    digits = load("digits").train
+    y = np.random.default_rng(7).normal(1e5, 1, (50, 1)).astype(np.float32)
+    for source, mode in ((digits, "auto"), (regression(y), "none")):
+        made = learn(source, everything(source.x), mode)
+        assert made.target_mean == made.target_std == ()
+        assert np.array_equal(made.apply_targets(source.y), source.y)
+        assert made.apply_targets(source.y).dtype == source.y.dtype
+    assert np.array_equal(made.restore_targets(y), y.astype(np.float64))
+
+
+def test_targets_survive_json() -> None:
+    """Through JSON and back the targets become the same bits."""
+    y = np.random.default_rng(8).normal(1e5, 1e3, (300, 2)).astype(np.float32)
+    made = learn(regression(y), np.arange(200))
+    again = Preprocessing.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert again == made
+    assert np.array_equal(again.apply_targets(y).view(np.uint32), made.apply_targets(y).view(np.uint32))
+
+
+def test_checkpoints_without_normalised_targets_are_read() -> None:
+    """A checkpoint from before targets were normalised leaves them as they are."""
+    y = np.random.default_rng(9).normal(1e5, 1e3, (30, 1)).astype(np.float32)
+    fields = learn(regression(y), np.arange(30)).to_dict()
+    old = Preprocessing.from_dict(
+        {name: value for name, value in fields.items() if not name.startswith("target_")}
+    )
+    assert np.array_equal(old.apply_targets(y), y)
+    assert np.array_equal(old.restore_targets(y), y)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"target_mean": []},
+        {"target_std": [0.0, 1.0]},
+        {"target_mean": [float("inf"), 0.0]},
+        {"target_mean": [0.0], "target_std": [1.0]},
+        {"target_mean": "ab"},
+        {"task": "classification", "classes": ["0", "1"]},
+    ],
+)
+def test_damaged_targets_are_refused(damage: dict[str, object]) -> None:
+    """Means and deviations that do not fit the outputs are bad content and not a crash."""
+    good = learn(regression(np.random.default_rng(10).normal(size=(30, 2))), np.arange(30)).to_dict()
+    with pytest.raises(DataError, match="preprocessing: expected"):
+        Preprocessing.from_dict({**good, **damage})
 
 
 def test_validation_set_of_the_data_is_used_whole() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
+import pytest
+
 from distbp.metrics.records import Records, append_record, read_records
 
 
@@ -47,3 +52,32 @@ def test_a_line_that_was_cut_off_is_not_read_and_not_kept(tmp_path):
     append_record(tmp_path / "metrics.jsonl", {"kind": "train", "step": 5})
     assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")][-1] == 5
     assert (tmp_path / "samples.log").read_text().endswith("3\t3 4\n")
+
+
+def test_a_full_disk_costs_records_and_not_the_run(tmp_path, capfd):
+    """Writing fails, is said once, and when there is space again samples.log has every step."""
+    out = tmp_path / "small"
+    out.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", out], check=False, capture_output=True
+        ).returncode
+    ):
+        pytest.skip("mounting a small file system needs root")
+    try:
+        records = Records(out)
+        (out / "filler").write_bytes(b"x" * 8192)
+        for step in range(600):
+            records.samples(step, range(step, step + 4))
+            records.metric({"kind": "train", "step": step + 1})
+        assert capfd.readouterr().err.count("W_RECORD_LOST") == 1
+        assert (out / "samples.log").read_text().endswith("\n")
+        written = (out / "samples.log").read_text().count("\n")
+        assert written < 600
+        subprocess.run(["mount", "-o", "remount,size=1m", out], check=True)
+        records.samples(600, [1])
+        steps = [int(line.split("\t")[0]) for line in (out / "samples.log").read_text().splitlines()]
+        assert steps == list(range(601))
+    finally:
+        subprocess.run(["umount", out], check=True)

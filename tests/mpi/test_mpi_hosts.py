@@ -1,0 +1,141 @@
+"""Several emulated hosts under mpirun: the same bits, and each byte once per host."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import Job, result_of
+
+pytestmark = pytest.mark.mpi
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 40
+OPTIONS = [
+    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", f"train.max_steps={STEPS}",
+    "-o", "train.epochs=1000", "-o", "optimizer.clip_norm=2.0", "-o", "model.hidden=[64]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """Three emulated hosts that share this test's directories."""
+    from cluster.emulated import EmulatedCluster
+    from cluster.requirements import what_is_missing
+
+    if reason := what_is_missing():
+        pytest.skip(reason)
+    prefixes = [path for name in ("mpich", "openmpi") if (path := prefix_of(name)) is not None]
+    with EmulatedCluster(3, shared=[tmp_path_factory.getbasetemp(), REPOSITORY, *prefixes]) as cluster:
+        yield cluster
+
+
+def prefix_of(name):
+    """The environment of an MPI library, None if there is none."""
+    prefix = Path(os.environ.get(f"{name.upper()}_PREFIX", REPOSITORY / f".venv-{name}"))
+    return prefix if (prefix / "bin" / "mpirun").exists() else None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The result of one worker without MPI."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = Job(["train", "digits", *OPTIONS, "--backend", "serial", "--out", out], out, None).wait()
+    assert done.returncode == 0, done.stderr
+    return result_of(out)
+
+
+def train(hosts, flavour, slots, out, *options, arguments=OPTIONS):
+    """Train on ranks that are placed as `slots` says; return what came back."""
+    prefix = prefix_of(flavour)
+    if prefix is None:
+        pytest.skip(f"no {flavour} environment: run make mpi-environments")
+    environment = {"PYTHONPATH": str(REPOSITORY)}
+    command = [
+        str(prefix / "bin" / "python"),
+        "-m",
+        "distbp.cli.main",
+        "train",
+        "digits",
+        *arguments,
+        "--out",
+        str(out),
+    ]
+    launch = hosts.mpirun(
+        command,
+        sum(slots.values()),
+        flavour,
+        slots=slots,
+        prefix=prefix,
+        environment=environment,
+        options=options,
+    )
+    return hosts.run(hosts.hosts[0], launch, timeout=90, cwd=out.parent)
+
+
+PLACEMENTS = [
+    {"host0": 1, "host1": 1},
+    {"host0": 2, "host1": 2},
+    {"host0": 2, "host1": 1},
+    {"host0": 1, "host1": 1, "host2": 1},
+]
+
+
+@pytest.mark.parametrize("slots", PLACEMENTS, ids=lambda slots: "+".join(map(str, slots.values())))
+@pytest.mark.parametrize("flavour", ["mpich", "openmpi"])
+def test_hosts_give_the_same_bits(hosts, flavour, slots, undisturbed, tmp_path):
+    """Two and three hosts with one or two ranks each end in the bits of one worker."""
+    done = train(hosts, flavour, slots, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    result = result_of(tmp_path / "run")
+    assert result["hosts"] == len(slots)
+    assert result["state_sha256"] == undisturbed["state_sha256"]
+    assert result["validation"] == undisturbed["validation"]
+
+
+@pytest.mark.parametrize("flavour", ["mpich", "openmpi"])
+def test_scattered_ranks_give_the_same_bits(hosts, flavour, undisturbed, tmp_path):
+    """Ranks dealt out in turn over the hosts are numbered host by host and end in the same bits."""
+    option = ["--map-by", "node"] if flavour == "openmpi" else ["-ppn", "1"]
+    done = train(hosts, flavour, {"host0": 2, "host1": 2}, tmp_path / "run", *option)
+    assert done.returncode == 0, done.stderr
+    assert result_of(tmp_path / "run")["state_sha256"] == undisturbed["state_sha256"]
+
+
+def model_bytes(parameters, micro_batches, hosts, steps):
+    """What a host sends for gradients and sums: the byte model of docs/ARCHITECTURE.md, aligned ranges."""
+    assert micro_batches % hosts == 0
+    return steps * 2 * 4 * parameters * (hosts - 1) / hosts
+
+
+@pytest.mark.parametrize("flavour", ["mpich", "openmpi"])
+def test_bytes_do_not_grow_with_ranks(hosts, flavour, tmp_path):
+    """Each byte crosses the network once per host: within 15 % of the model for 1 and for 2 ranks a host."""
+    wide = [
+        *OPTIONS,
+        "-o",
+        "model.hidden=[1024,512]",
+        "-o",
+        "train.batch_size=64",
+        "-o",
+        "data.validation_fraction=0",
+    ]
+    sent = {}
+    for ranks in (1, 2):
+        before = [hosts.bytes_sent(host) for host in hosts.hosts[:2]]
+        out = tmp_path / str(ranks)
+        done = train(hosts, flavour, {"host0": ranks, "host1": ranks}, out, arguments=wide)
+        assert done.returncode == 0, done.stderr
+        sent[ranks] = [
+            hosts.bytes_sent(host) - start for host, start in zip(hosts.hosts, before, strict=False)
+        ]
+    expected = model_bytes(result_of(tmp_path / "1")["num_parameters"], 8, 2, STEPS)
+    print(json.dumps({"model": expected, "sent": sent}))
+    for figures in sent.values():
+        for figure in figures:
+            assert 0.85 < figure / expected < 1.15
+    assert np.isclose(sum(sent[1]), sum(sent[2]), rtol=0.05)
