@@ -54,11 +54,11 @@ EMPTY = -1
 
 _PAGE = 4096
 _DIGEST_BYTES = 32
-_COMMITTED, _DONE, _STOP, _SOURCE, _SAVED = range(8, 13)
+_COMMITTED, _DONE, _STOP, _SOURCE, _SAVED, _BUCKET = range(8, 14)
 """Places of the 64-bit control words, behind the 32-bit words that the barrier uses."""
 
 _LINE_BYTES = 4 * LINE_WORDS
-_LINE_PROGRESS, _LINE_PHASE, _LINE_BAD, _LINE_STEP = range(2, 6)
+_LINE_PROGRESS, _LINE_PHASE, _LINE_BAD, _LINE_READY = range(2, 6)
 """Places of the 64-bit words in a worker's line; the first 16 bytes of it belong to the barrier."""
 _LINE_DIGEST = 128
 
@@ -226,6 +226,15 @@ class Arena:
         """Return the host that gives its state to hosts without one in this attempt, or `EMPTY`."""
         return self._longs[_SOURCE]
 
+    @property
+    def bucket_bytes(self) -> int:
+        """Return the bucket size that the host's first worker measured, 0 before that."""
+        return self._longs[_BUCKET]
+
+    @bucket_bytes.setter
+    def bucket_bytes(self, size: int) -> None:
+        self._longs[_BUCKET] = size
+
     def _line(self, worker: int) -> int:
         """Return the place of a worker's line among the 64-bit words."""
         return FIRST_LINE_WORD // 2 + worker * LINE_WORDS // 2
@@ -241,6 +250,24 @@ class Arena:
         """Return `(units of progress, phase)` of a worker."""
         line = self._line(worker)
         return self._longs[line + _LINE_PROGRESS], self._longs[line + _LINE_PHASE]
+
+    def mark_ready(self, step: int, buckets: int) -> None:
+        """Say that this worker has finished the gradients of the first `buckets` buckets of `step`."""
+        assert self.rank is not None, "the keeper computes nothing"
+        self.barrier.order_stores()
+        self._longs[self._line(self.rank) + _LINE_READY] = (step << 20) + buckets
+
+    def is_ready(self, step: int, bucket: int) -> bool:
+        """Return whether every worker of the host has finished `bucket` of `step`."""
+        wanted = (step << 20) + bucket + 1
+        return all(
+            self._longs[self._line(worker) + _LINE_READY] >= wanted for worker in range(self.layout.workers)
+        )
+
+    def forget_ready(self) -> None:
+        """Take back what this worker marked in an attempt that was given up."""
+        assert self.rank is not None, "the keeper computes nothing"
+        self._longs[self._line(self.rank) + _LINE_READY] = 0
 
     def mark_bad(self, micro_batch: int) -> None:
         """Note that this worker's `micro_batch` gave a loss that is not finite, or -1 for none."""

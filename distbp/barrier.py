@@ -136,6 +136,11 @@ class Barrier:
                     "which made no progress; look at its log, then run again: resuming is safe"
                 )
 
+    def order_stores(self) -> None:
+        """Make this worker's writes visible before what it writes next; nothing to do on x86."""
+        if not _STRONG_ORDER:
+            wake(self._address + 4 * self._mine)
+
     def check_parked(self) -> None:
         """Raise `Parked` if a new attempt was announced."""
         if self._words[PARK_WORD] > self.attempt:

@@ -196,6 +196,13 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     verify_every: Annotated[
         CountOrZero, Meta(description="steps between two checks of the state in memory; 0: never")
     ] = 100
+    overlap: Annotated[
+        bool, Meta(description="several hosts: begin to exchange gradients while backprop goes on")
+    ] = True
+    bucket_kib: Annotated[
+        Annotated[int, Meta(ge=1, le=_COUNT_LIMIT)] | None,
+        Meta(description="several hosts: least KiB of gradients sent at once; none: measured at the start"),
+    ] = None
     log_samples: Annotated[
         bool, Meta(description="write the sample numbers of every step to samples.log")
     ] = False

@@ -48,6 +48,10 @@ class Job:
     keep: int
     log_samples: bool
     metadata: dict[str, Any]
+    overlap: bool = True
+    """Whether the exchange between hosts begins while backprop goes on."""
+    bucket_bytes: int | None = None
+    """Least size of a bucket of that exchange; None: measured at the start."""
     banner: Callable[[Job, Seat], str] = lambda job, seat: ""
 
     @property

@@ -137,6 +137,8 @@ class Trainer:
         keep: int = 3,
         log_samples: bool = False,
         max_restarts: int = 10,
+        overlap: bool = True,
+        bucket_bytes: int | None = None,
         name: str = "fit",
         metadata: dict[str, Any] | None = None,
         config_toml: str = "",
@@ -146,7 +148,9 @@ class Trainer:
         """Train on `train`, an `ArrayDataset` or `(x, y)`, and return the history; all workers call this.
 
         A run that `out` already holds goes on from its newest checkpoint (`resume="auto"`); `metadata` is
-        stored in every checkpoint.  Raises `Stopped` when the run was asked to stop (its state is saved).
+        stored in every checkpoint.  With several hosts gradients are exchanged while backprop goes on
+        (`overlap`), in buckets of at least `bucket_bytes` (None: measured); neither changes a bit.  Raises
+        `Stopped` when the run was asked to stop (its state is saved).
         """
         members = membership() if members is None else members
         train_data = _dataset(train)
@@ -187,8 +191,10 @@ class Trainer:
                 checkpoint_every_seconds=checkpoint_every_seconds,
                 keep=keep,
                 log_samples=log_samples,
+                overlap=overlap,
+                bucket_bytes=bucket_bytes,
                 metadata=dict(metadata or {}) | {"identity": plan.identity, "environment": plan.environment},
-                **({} if banner is None else {"banner": banner}),
+                banner=(lambda job, seat: "") if banner is None else banner,
             )
             return self._train(members, seat, job)
         except DistbpError as error:

@@ -33,6 +33,7 @@ from distbp.after_step import AfterStep
 from distbp.arena import EMPTY, Parked
 from distbp.backends.base import Seat, host_ranks
 from distbp.errors import Diverged, EnvironmentMismatch, TransportError
+from distbp.exchange import BucketExchange, Piece, bucket_starts, cut_pieces, probe_bucket_bytes
 from distbp.job import (
     COMPUTE,
     CORRECT,
@@ -53,10 +54,10 @@ from distbp.job import (
     Job,
     epoch_ends_at,
 )
-from distbp.nn import Context
+from distbp.nn import Context, Leaf, Parameter
 from distbp.optim import norm
 from distbp.optim.chunks import new_scratch
-from distbp.partition import split_blocks, split_range
+from distbp.partition import split_range
 from distbp.reduce import LaneReduction, MicroBatchSum
 from distbp.transports.base import Transport, TransportAborted
 
@@ -68,6 +69,8 @@ SAME_SOFTWARE = (
     "give every worker the same NumPy, BLAS kernel (OPENBLAS_CORETYPE) "
     "and CPU features (NPY_DISABLE_CPU_FEATURES)"
 )
+
+FLOAT_BYTES = 4
 
 SLOW_DEADLINE_S = 300.0
 """Seconds to wait for others at evaluations and saves, where a slow disk may hold rank 0 up."""
@@ -83,8 +86,11 @@ class Worker:
         self.arena.barrier.first_rank = host_ranks(seat.host_sizes, seat.host).start
         self.first, self.last = split_range(job.micro_batches, seat.size, seat.rank)
         self.durations: list[float] = []
+        self.step = 0
+        self._buckets_done = 0
+        self._starts: list[int] = []
+        self._exchange: BucketExchange | None = None
         self._build_gradient_path()
-        self._build_lane()
         self._build_batches()
         self.after = AfterStep(seat, job, self._views)
 
@@ -96,6 +102,7 @@ class Worker:
             try:
                 # The verdict on every step finds what is not finite; a warning would only repeat it.
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                    self._build_lane(transport)
                     self._open_lane(transport)
                     self._prepare()
                     stopped = self._train()
@@ -106,6 +113,8 @@ class Worker:
                 self.seat.broken(attempt)
                 continue
             finally:
+                if self._exchange is not None:
+                    self._exchange.close()
                 if transport is not None:
                     transport.close()
             return stopped
@@ -119,20 +128,29 @@ class Worker:
         self._tail = MicroBatchSum(self.first, self.last, self.arena.tails[local])
         self._tail_rows = np.zeros((self.last - self.first, TAIL))
         self._views = [job.network.views(self.arena.vectors(step)["parameters"]) for step in (0, 1)]
-        job.network.send_gradients_to(
-            lambda parameter, leaf: self._gradient.collect(parameter.offset, parameter.shape, leaf)
-        )
+        job.network.send_gradients_to(self._collect)
 
-    def _build_lane(self) -> None:
-        """Find this worker's lane: a run of the fixed blocks over which norms are summed."""
-        layout = self.job.network.layout
-        blocks = norm.blocks(layout.borders())
-        self.blocks, self.lane = [], (0, 0)
-        if self.seat.local_rank < self.seat.lanes:
-            self._first_block, last_block, *edges = split_blocks(
-                blocks, layout.size, self.seat.lanes, self.seat.local_rank
-            )
-            self.blocks, self.lane = blocks[self._first_block : last_block], (edges[0], edges[1])
+    def _collect(self, parameter: Parameter, leaf: Leaf) -> None:
+        """Add up one tensor; when it was the last one of a bucket, say so to the lane owners."""
+        self._gradient.collect(parameter.offset, parameter.shape, leaf)
+        if self._buckets_done < len(self._starts) and parameter.offset == self._starts[self._buckets_done]:
+            self._buckets_done += 1
+            self.arena.mark_ready(self.step, self._buckets_done)
+
+    def _build_lane(self, transport: Transport | None) -> None:
+        """Find this worker's lane: in every bucket a run of the fixed blocks over which norms are summed."""
+        layout, seat, arena = self.job.network.layout, self.seat, self.arena
+        borders = layout.borders()
+        self._blocks = norm.blocks(borders)
+        self._starts = [0]
+        if len(seat.host_sizes) > 1:
+            if transport is not None and seat.local_rank == 0:
+                arena.bucket_bytes = self.job.bucket_bytes or probe_bucket_bytes(transport)
+            arena.barrier.wait()
+            self._starts = bucket_starts(borders, arena.bucket_bytes // FLOAT_BYTES)
+        self._pieces: list[Piece] = []
+        if seat.local_rank < seat.lanes:
+            self._pieces = cut_pieces(self._blocks, layout.size, self._starts, seat.lanes, seat.local_rank)
         self._scratch = new_scratch(self.job.optimizer.scratch_rows)
 
     def _open_lane(self, transport: Transport | None) -> None:
@@ -143,10 +161,17 @@ class Worker:
             for host in range(len(seat.host_sizes))
         ]
         host_ranges = [(workers[0][0], workers[-1][1]) for workers in ranges]
-        low, high = self.lane
-        views = [[vector[low:high] for vector in blocks] for blocks in self.arena.slots]
         self._transport = transport
-        self._lane_sum = LaneReduction(views, ranges[seat.host], host_ranges, transport)
+        reductions = [
+            LaneReduction(
+                [[vector[piece.low : piece.high] for vector in blocks] for blocks in self.arena.slots],
+                ranges[seat.host],
+                host_ranges,
+                transport,
+            )
+            for piece in self._pieces
+        ]
+        self._exchange = BucketExchange(self.arena, reductions, transport, overlap=self.job.overlap)
         if seat.local_rank == 0:
             self._tail_sum = LaneReduction(self.arena.tails, ranges[seat.host], host_ranges, transport)
 
@@ -161,6 +186,7 @@ class Worker:
     def _prepare(self) -> None:
         """Bring every host to the same step, and make sure that all workers compute alike."""
         arena, job, admission = self.arena, self.job, self.seat.admission
+        arena.forget_ready()
         if self._transport is not None and self.seat.local_rank == 0:
             state.share(arena, job, admission, self._transport)
         elif arena.committed == EMPTY and self.seat.rank == 0:
@@ -182,7 +208,7 @@ class Worker:
         job.network.use(self._views[self.step & 1])
         job.network.send_gradients_to(lambda p, leaf: trial.collect(p.offset, p.shape, leaf))
         job.network.loss_and_gradient(x[None], y[None], Context(True, job.seed, 0, 0))
-        job.network.send_gradients_to(lambda p, leaf: self._gradient.collect(p.offset, p.shape, leaf))
+        job.network.send_gradients_to(self._collect)
         digest = hashlib.sha256(vector.tobytes()).digest()
         arena.digest(self.seat.local_rank)[:] = np.frombuffer(digest, np.uint8)
         arena.barrier.wait()
@@ -219,8 +245,10 @@ class Worker:
             due = self.after.is_due(self.step) or bool(self._flags.any())
             if due and self.arena.done < self.step:
                 save = bool(self._flags[1])
+                patience = self.arena.barrier.deadline_s
                 self._set_deadlines(SLOW_DEADLINE_S)
                 self.after.finish(self.step, save=save, stop=stop, transport=self._transport)
+                self._set_deadlines(patience)
             if stop or self.step >= job.total_steps:
                 self._meet_everybody()
                 return stop
@@ -268,6 +296,9 @@ class Worker:
     def _compute(self) -> None:
         """Run this worker's micro-batches; gradients and sums end in its slot."""
         job, step, rows = self.job, self.step, self._tail_rows
+        self._buckets_done = 0
+        if self._exchange is not None:
+            self._exchange.begin(step)
         count = self.last - self.first
         position = step * job.batch_size + self.first * job.micro_batch
         indices = job.order.indices(position, count * job.micro_batch)
@@ -294,15 +325,16 @@ class Worker:
 
     def _reduce(self) -> None:
         """Add this worker's lane, then measure it while it is still in the cache."""
-        if self.blocks:
-            self._lane_sum.run()
-            low, high = self.lane
-            self.job.optimizer.measure(
-                self.arena.slots[0][0][low:high],
-                self.blocks,
-                self.arena.sums[self._first_block : self._first_block + len(self.blocks)],
-                offset=low,
-            )
+        if self._pieces:
+            assert self._exchange is not None, "the lane was opened"
+            self._exchange.finish()
+            for piece in self._pieces:
+                self.job.optimizer.measure(
+                    self.arena.slots[0][0][piece.low : piece.high],
+                    self._blocks[piece.first : piece.last],
+                    self.arena.sums[piece.first : piece.last],
+                    offset=piece.low,
+                )
         if self.seat.local_rank == 0:
             self._tail_sum.run()
 
@@ -310,22 +342,23 @@ class Worker:
         """Write the next generation of the lane and, by the host's first worker, of the scalars."""
         arena, job, step = self.arena, self.job, self.step
         accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail[LOSS])) and tail[WEIGHT] > 0
-        low, high = self.lane
-        current = {name: vector[low:high] for name, vector in arena.vectors(step).items()}
-        following = {name: vector[low:high] for name, vector in arena.vectors(step + 1).items()}
-        if accepted and high > low:
-            weight = float(tail[WEIGHT])
-            job.optimizer.apply(
-                arena.slots[0][0][low:high],
-                scale=norm.clip_factor(arena.sums, weight, job.clip_norm) / weight,
-                lr=job.schedule(step),
-                current=current,
-                following=following,
-                scratch=self._scratch,
-            )
-        elif not accepted:
-            for name, vector in following.items():
-                np.copyto(vector, current[name])
+        for piece in self._pieces:
+            part = slice(piece.low, piece.high)
+            current = {name: vector[part] for name, vector in arena.vectors(step).items()}
+            following = {name: vector[part] for name, vector in arena.vectors(step + 1).items()}
+            if accepted:
+                weight = float(tail[WEIGHT])
+                job.optimizer.apply(
+                    arena.slots[0][0][part],
+                    scale=norm.clip_factor(arena.sums, weight, job.clip_norm) / weight,
+                    lr=job.schedule(step),
+                    current=current,
+                    following=following,
+                    scratch=self._scratch,
+                )
+            else:
+                for name, vector in following.items():
+                    np.copyto(vector, current[name])
         if self.seat.local_rank == 0:
             self._update_scalars(tail, accepted)
         if not accepted and arena.scalars(step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:

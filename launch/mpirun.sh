@@ -27,7 +27,8 @@
 #              says 137, and a launcher was once seen to say 0: so 0 is believed only of a run that is done.
 #   culprit    the rank that failed first, with the end of its log.
 #   processes  whatever outlives the launcher on this host is ended within 5 s.  Other hosts are its business.
-#   /dev/shm   segments that ranks on this host had mapped and that nobody has open any more are removed.
+#   /dev/shm   segments that ranks on this host had mapped and that nobody has open any more are removed,
+#              and the directory that a killed Open MPI leaves in $TMPDIR.
 #   a loss     starts the same command again, which resumes from the last checkpoint.
 #
 # It relies on Linux's /proc and on GNU grep, stat and tail.
@@ -329,7 +330,7 @@ start() {
     touch "$work/started"
     events_before=$(stat -c %s -- "$run/events.jsonl" 2>/dev/null || echo 0)
     watch_segments &
-    local watcher=$! keeper output errors
+    local watcher=$! keeper output errors session
     # What the launcher says last is kept: it names a rank that was killed, which can no longer speak for itself.
     # Open MPI says it on stderr, MPICH on stdout.
     (trap '' INT TERM HUP USR1 USR2; exec tail -c 65536) <"$work/said.pipe" >"$work/said" &
@@ -339,6 +340,7 @@ start() {
     env -- "$mark" "${command[@]}" </dev/null >&"$output" 2>&"$errors" {output}>&- {errors}>&- {pause}>&- &
     child=$!
     deliver # What came between the two lines above.
+    session=${TMPDIR:-/tmp}/ompi.$child
     wait_for_child
     child=
     exec {output}>&- {errors}>&-
@@ -351,6 +353,8 @@ start() {
     kill -s KILL "$watcher" "$keeper" 2>/dev/null || true
     wait "$watcher" "$keeper" 2>/dev/null || true
     remove_segments
+    # An Open MPI that was killed leaves a directory that carries its process number.
+    if [ -d "$session" ] && [ ! -L "$session" ] && [ -O "$session" ]; then rm -rf -- "$session"; fi
 }
 
 # Has a worker written to its log in this start?  A dry run, or a finished run, has not.

@@ -63,6 +63,8 @@ ALTERNATIVES: dict[str, object] = {
     "run.join_timeout_s": 5.0,
     "run.verify_every": 5,
     "run.log_samples": True,
+    "run.overlap": False,
+    "run.bucket_kib": 64,
 }
 """Key -> a value that is not its default, for the built-in digits."""
 

@@ -78,6 +78,9 @@ if "lost" in part:
     (run / "events.jsonl").write_text(json.dumps({{"kind": "lost"}} | part["lost"]) + "\\n")
 if "result" in part:
     (run / "result.json").write_text(json.dumps({{"status": part["result"]}}))
+if "session" in part:
+    (here / f"ompi.{{os.getpid()}}").mkdir()
+    (here / f"ompi.{{os.getppid()}}").mkdir()
 if "leave" in part:
     child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     (here / "left").write_text(str(child.pid))
@@ -451,6 +454,12 @@ def test_other_files_in_shared_memory_stay(tmp_path: Path) -> None:
     finally:
         data.unlink(missing_ok=True)
         segment.unlink(missing_ok=True)
+
+
+def test_the_session_directory_of_a_killed_launcher_is_removed(tmp_path: Path) -> None:
+    """The directory that carries the launcher's process number goes; that of another process stays."""
+    assert StandIn(tmp_path, {"code": "SIGKILL", "session": True}).train("--restarts", "0").returncode == 69
+    assert len(list(tmp_path.glob("ompi.*"))) == 1
 
 
 def test_nothing_of_its_own_is_left(tmp_path: Path) -> None:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import array
 import contextlib
-import faulthandler
 import math
 import os
 import select
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import msgspec
 from distbp.arena import Arena, ArenaLayout, Parked
 from distbp.backends.base import Admission, CallFinished, Plan, Seat
 from distbp.errors import WorkerLost
+from distbp.worker_log import WorkerLog
 
 __all__ = ["MESSAGE_LIMIT", "LocalMembership", "receive", "send"]
 
@@ -67,7 +66,7 @@ class LocalMembership:
         self.size = size
         self._channel = channel
         self._call = 0
-        self._log: Any = None
+        self._log: WorkerLog | None = None
 
     @classmethod
     def from_environment(cls) -> LocalMembership:
@@ -94,7 +93,7 @@ class LocalMembership:
         arena = Arena.attach(descriptor, layout, self.rank)
         restore = message["restore"]
         admission = Admission(Path(message["out"]), Path(restore) if restore else None, message["start"])
-        self._open_log(admission.out)
+        self._log = WorkerLog(admission.out, self.rank, self.size)
 
         def gate() -> int:
             return arena.wait_for_release(
@@ -133,8 +132,7 @@ class LocalMembership:
         with contextlib.suppress(WorkerLost):
             self._send({"kind": "failed", "exit_code": exit_code, "message": text})
         if self._log is not None:
-            with contextlib.suppress(OSError):
-                self._log.write(f"{time.strftime('%H:%M:%S')} failed with {exit_code}: {message}\n")
+            self._log.write(f"failed with {exit_code}: {message}")
 
     def report_stop(self, number: int) -> None:
         """Pass on a signal that was sent to this worker alone."""
@@ -171,11 +169,3 @@ class LocalMembership:
             raise WorkerLost("the launching process is gone; run again: resuming is safe") from error
         if message["kind"] == "result" and message["call"] == call:
             raise CallFinished(message["result"])
-
-    def _open_log(self, out: Path) -> None:
-        """Open this worker's log; a crash inside compiled code writes its stack there."""
-        path = out / "logs" / f"rank-{self.rank:05d}.log"
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._log = os.fdopen(descriptor, "a", buffering=1)
-        self._log.write(f"{time.strftime('%H:%M:%S')} worker {self.rank} of {self.size}, pid {os.getpid()}\n")
-        faulthandler.enable(self._log)

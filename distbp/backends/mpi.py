@@ -28,7 +28,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import msgspec
 import numpy as np
@@ -40,6 +40,7 @@ from distbp.errors import DistbpError, EnvironmentMismatch, error_for_code
 from distbp.run_directory import RunDirectory
 from distbp.transports.base import Transport
 from distbp.transports.mpi import MPITransport
+from distbp.worker_log import WorkerLog
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -49,6 +50,9 @@ __all__ = ["MPIMembership"]
 _DEADLINE_S = 60.0
 """Seconds that ranks may be apart at the start, and in a transport before steps have been timed."""
 
+_LAST_WORDS_S = 0.2
+"""Seconds that a launcher gets to pass on a message before it is told to end: MPICH's drops what is late."""
+
 _PATIENCE_S = 10.0
 """A rank is taken for lost when others waited this long for it, or 5 times the slowest recent step."""
 
@@ -57,6 +61,8 @@ class MPIMembership:
     """The membership of one rank; make one for a process, it starts MPI."""
 
     backend = "mpi"
+    current: ClassVar[MPIMembership | None] = None
+    """The one of this process, once MPI has started and the launcher was found to belong to it."""
 
     def __init__(self) -> None:
         self._mpi = _import_mpi()
@@ -67,9 +73,11 @@ class MPIMembership:
         self._arrange(world)
         self._arena: Arena | None = None
         self._run: RunDirectory | None = None
+        self._log: WorkerLog | None = None
         self._stop_asked = False
         self._began = 0.0
         self._listen()
+        MPIMembership.current = self
 
     def join(self, plan: Plan) -> Seat | dict[str, Any]:
         """Compare plans, open the run directory on rank 0, and share an arena on each host."""
@@ -78,6 +86,7 @@ class MPIMembership:
         admission = self._admit(plan)
         if admission.result is not None:
             return admission.result
+        self._log = WorkerLog(admission.out, self.rank, self.size)
         keeper = Arena.create(host_layout(plan, self.host_sizes, self.host)) if self.local_rank == 0 else None
         descriptor = self.share_descriptor(None if keeper is None else keeper.descriptor)
         layout = host_layout(plan, self.host_sizes, self.host)
@@ -300,8 +309,11 @@ class MPIMembership:
 
     def _abort(self, code: int, shown: str) -> NoReturn:
         """Say why, as the last thing on the terminal, and end every rank."""
+        if self._log is not None:
+            self._log.write(f"failed with {code}: {shown}")
         place = f"rank {self.rank} on host {socket.gethostname()}"
         print(f"distbp: {place}: {shown}", file=sys.stderr, flush=True)
+        time.sleep(_LAST_WORDS_S)
         self._mpi.COMM_WORLD.Abort(code)
         os._exit(code)
 

@@ -118,6 +118,8 @@ def fit_options(config: Config, preprocessing: Preprocessing, out: str | None) -
         "checkpoint_every_seconds": config.checkpoint.every_seconds,
         "keep": config.checkpoint.keep,
         "log_samples": config.run.log_samples,
+        "overlap": config.run.overlap,
+        "bucket_bytes": None if config.run.bucket_kib is None else config.run.bucket_kib * 1024,
         "max_restarts": config.run.max_restarts,
         "name": run_name(config),
         "metadata": {"config": settings, "preprocessing": preprocessing.to_dict()},

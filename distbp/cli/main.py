@@ -100,13 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def end_with(error: DistbpError) -> NoReturn:
     """Print the error and exit with its code; under MPI an error of one rank alone ends all of them."""
-    if "distbp.backends.mpi" in sys.modules:
-        from distbp.backends.mpi import MPIMembership
-        from distbp.trainer import membership
-
-        members = membership() if "mpi4py.MPI" in sys.modules else None
-        if isinstance(members, MPIMembership):
-            members.end(error, "")
+    mpi = sys.modules.get("distbp.backends.mpi")
+    if mpi is not None and mpi.MPIMembership.current is not None:
+        mpi.MPIMembership.current.end(error, "")
     print(f"distbp: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
 

@@ -1,0 +1,32 @@
+"""A worker's own log, `RUN/logs/rank-00000.log`: who it was, and what it had to say at its end.
+
+A crash inside compiled code writes its stack there too.  `launch/mpirun.sh` reads these lines to name the
+culprit of a job that ended badly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import socket
+import time
+from pathlib import Path
+
+__all__ = ["WorkerLog"]
+
+
+class WorkerLog:
+    """Lines with the time of day, appended; a log that cannot be written costs nobody anything."""
+
+    def __init__(self, out: Path, rank: int, size: int) -> None:
+        path = out / "logs" / f"rank-{rank:05d}.log"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._file = os.fdopen(os.open(path, flags, 0o600), "a", buffering=1)
+        faulthandler.enable(self._file)
+        self.write(f"worker {rank} of {size}, pid {os.getpid()}, host {socket.gethostname()}")
+
+    def write(self, text: str) -> None:
+        """Append one entry."""
+        with contextlib.suppress(OSError, ValueError):
+            self._file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
