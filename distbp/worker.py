@@ -245,17 +245,15 @@ class Worker:
             due = self.after.is_due(self.step) or bool(self._flags.any())
             if due and self.arena.done < self.step:
                 save = bool(self._flags[1])
-                patience = self.arena.barrier.deadline_s
                 self._set_deadlines(SLOW_DEADLINE_S)
                 self.after.finish(self.step, save=save, stop=stop, transport=self._transport)
-                self._set_deadlines(patience)
             if stop or self.step >= job.total_steps:
                 self._meet_everybody()
                 return stop
             begun = time.perf_counter()
             self._make_step()
             self.durations.append(time.perf_counter() - begun)
-            if self.seat.patience_s is not None and len(self.durations) % 8 == 1:
+            if self.seat.patience_s is not None and (due or len(self.durations) % 8 == 1):
                 self._set_deadlines(max(self.seat.patience_s, 5 * max(self.durations[-64:])))
 
     def _set_deadlines(self, seconds: float) -> None:
