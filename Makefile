@@ -17,7 +17,7 @@ PYTHON ?= python3.13 python3.12 python3.11 python3 python
 IS_USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 
 # What pytest is told besides, as in: make test PYTEST_ARGS="tests/nn -x"
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -m "not slow"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -29,7 +29,7 @@ help:  ## list the commands
 train: $(INSTALLED)  ## train on the built-in digits with all cores; says how well, and where the run lies
 	@$(BIN)/distbp train digits
 
-test: $(TESTABLE)  ## run every test
+test: $(TESTABLE)  ## run the tests (PYTEST_ARGS= runs those of several minutes too)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: lint types test  ## format, lint, types and tests: what CI runs
