@@ -97,6 +97,7 @@ class AfterStep:
             "micro_batch": job.micro_batch,
             "batch_size": job.batch_size,
             "num_parameters": job.network.num_parameters,
+            "num_outputs": job.network.output_shape[-1],
             "out": str(self.seat.admission.out),
             "blas": job.metadata["environment"]["blas"],
         }

@@ -30,7 +30,7 @@ from distbp.transports.base import Transport
 
 __all__ = ["BucketExchange", "Piece", "bucket_starts", "cut_pieces", "probe_bucket_bytes"]
 
-_NAP_S = 50e-6
+_NAP_S = 300e-6
 
 _SMALL_BYTES, _LARGE_BYTES, _TRIES = 64, 1 << 20, 3
 _LEAST_BYTES, _MOST_BYTES = 1 << 18, 1 << 24

@@ -413,7 +413,7 @@ class LocalJob:
         for process in self._processes.values():
             self._kill(process)
         code = self._state.exit_code
-        if code == 75:
+        if code in (75, 130):
             code = 130 if self._stop_signal == signal.SIGINT else 75
             last = self._calls[-1] if self._calls else None
             self._message = (

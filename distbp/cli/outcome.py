@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,12 @@ def report(out: Path) -> int:
         parts.append(f"validation accuracy {validation['accuracy']:.4f}")
     if result["restarts"]:
         parts.append(f"{result['restarts']} lost workers replaced")
+    if _is_guessing(result):
+        print(
+            "distbp: W_NOT_LEARNING the training loss is that of guessing; try a lower learning rate "
+            "(-o optimizer.lr=0.01) or a larger --batch-size",
+            file=sys.stderr,
+        )
     shown = os.path.relpath(out)
     lines = (
         ", ".join(parts),
@@ -50,3 +58,10 @@ def report(out: Path) -> int:
     except OSError:  # Nobody reads it (a pipe that was closed): the run is done all the same.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return int(result["exit_code"])
+
+
+def _is_guessing(result: dict[str, Any]) -> bool:
+    """Return whether a classification ended no better than the same guess for every sample."""
+    loss, outputs = result["train_loss"], result.get("num_outputs", 0)
+    guessing = outputs > 1 and (result["validation"] or {}).get("accuracy") is not None
+    return bool(guessing and loss is not None and loss > 0.98 * math.log(outputs))

@@ -29,7 +29,11 @@ _FLAGS = {
 """Flag -> the configuration key that it sets."""
 
 
-@click.command(help="Train a model on DATA: a file, a directory, or the built-in name 'digits'.")
+@click.command(
+    help="Train a model on DATA: a file, a directory, or the built-in name 'digits'.\n\n"
+    "Everything else is a configuration key, as in -o optimizer.lr=0.01 -o model.hidden=[300,100]; "
+    "distbp config show lists them all."
+)
 @click.argument("data", required=False)
 @click.option("-c", "--config", "file", type=click.Path(), help="Configuration file, TOML or JSON.")
 @click.option(
@@ -69,7 +73,7 @@ def read_config(
     data: str | None, file: str | None, overrides: tuple[str, ...], flags: dict[str, str | None]
 ) -> Resolved:
     """Join all sources of configuration; the values of flags are read as those of `-o` are."""
-    from distbp.config import resolve
+    from distbp.config import Run, resolve
     from distbp.errors import ConfigError
 
     given: dict[str, object] = {
@@ -82,7 +86,7 @@ def read_config(
     resolved = resolve(
         file=Path(file) if file else None, environment=os.environ, flags=given, overrides=overrides
     )
-    if resolved.origin["run.verify_every"] != "default":
+    if resolved.config.run.verify_every != Run().verify_every:
         print("distbp: W_NO_EFFECT run.verify_every is not in effect in this version", file=sys.stderr)
     if not resolved.config.data.path:
         raise ConfigError("no data: name a file, a directory or 'digits', as in: distbp train digits")

@@ -34,8 +34,14 @@ def banner(job: Job, seat: Seat) -> str:
         f"{job.batch_size} samples\n"
         f"{_count(job.micro_batches, 'micro-batch', 'micro-batches')} of {job.micro_batch} "
         f"({where} {_count(job.micro_batches, 'worker')}), {_count(most, 'block')} of gradients a worker\n"
-        f"run directory {seat.admission.out}"
+        f"run directory {seat.admission.out}{_resumed(seat)}"
     )
+
+
+def _resumed(seat: Seat) -> str:
+    """Return what the run begins from, if it is a checkpoint."""
+    restore = seat.admission.restore
+    return "" if restore is None else f", resumed from {restore.name}"
 
 
 def _count(number: int, singular: str, plural: str | None = None) -> str:
