@@ -60,8 +60,19 @@ def mpi(request, tmp_path):
     if not (prefix / "bin" / "mpirun").exists():
         pytest.skip(f"no {name} environment at {prefix}: run make mpi-environments")
     flavour = Flavour(name, prefix, tmp_path)
+    before = segments()
     yield flavour
     for process in flavour.started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate(timeout=30)
+    for path in (
+        segments() - before
+    ):  # A killed rank leaves the library's own; launch/mpirun.sh would clean up.
+        path.unlink(missing_ok=True)
+
+
+def segments():
+    """The shared-memory files of MPI libraries that exist now."""
+    patterns = ("mpich_shm_*", "sm_segment*", "vader_segment*", "ucx_shm_*")
+    return {path for pattern in patterns for path in Path("/dev/shm").glob(pattern)}
