@@ -109,6 +109,10 @@ class Worker:
             except (Parked, TransportAborted):
                 continue
             except TransportError:
+                if not self.seat.replaces_lost:
+                    assert transport is not None, "an exchange needs a transport"
+                    transport.abort()  # Closing it in order would need the host that is out of reach.
+                    raise
                 # Somebody may be dead, and then the coordinator is about to say so; or a link broke.
                 self.seat.broken(attempt)
                 continue

@@ -110,6 +110,7 @@ class MPIMembership:
             self._connect,
             self._record,
             patience_s=_PATIENCE_S,
+            replaces_lost=False,
         )
 
     def finish(self, seat: Seat, result: dict[str, Any] | None) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.conftest import Job, result_of
+from tests.conftest import Job, result_of, wait_until
 
 pytestmark = pytest.mark.mpi
 
@@ -139,3 +142,42 @@ def test_bytes_do_not_grow_with_ranks(hosts, flavour, tmp_path):
         for figure in figures:
             assert 0.85 < figure / expected < 1.15
     assert np.isclose(sum(sent[1]), sum(sent[2]), rtol=0.05)
+
+
+@pytest.mark.parametrize("flavour", ["mpich", "openmpi"])
+def test_a_cut_link_ends_the_job(hosts, flavour, tmp_path):
+    """A host whose link is cut is named within the deadline, and no rank is left on either side."""
+    prefix = prefix_of(flavour)
+    if prefix is None:
+        pytest.skip(f"no {flavour} environment: run make mpi-environments")
+    out = tmp_path / "run"
+    program = [str(prefix / "bin" / "python"), "-m", "distbp.cli.main", "train", "digits", "--out", str(out)]
+    program += [*OPTIONS, "-o", "train.max_steps=1000000", "-o", "run.log_samples=true"]
+    environment = {"PYTHONPATH": str(REPOSITORY)}
+    slots = {"host0": 1, "host1": 1}
+    launch = hosts.mpirun(program, 2, flavour, slots=slots, prefix=prefix, environment=environment)
+    said = tmp_path / "stderr"
+    with said.open("w") as stream:
+        job = hosts.start("host0", launch, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=stream)
+    try:
+        wait_until(lambda: (out / "samples.log").exists() and (out / "samples.log").stat().st_size > 50_000)
+        hosts.cut("host1")
+        wait_until(lambda: not ranks_on(hosts, "host0") and not ranks_on(hosts, "host1"), timeout=40)
+        assert "waited 10 s for host host1" in said.read_text()
+    finally:
+        hosts.mend("host1")
+        # The launcher waits for a host that is out of reach, and Open MPI's does not even answer SIGTERM.
+        for pid in [*hosts.processes("host0"), *hosts.processes("host1")]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        job.kill()
+        job.wait(30)
+
+
+def ranks_on(hosts, host):
+    """The processes of ranks on a host, as seen from outside."""
+    return [
+        pid
+        for pid, argv in hosts.processes(host).items()
+        if "distbp.cli.main" in argv and "python" in argv[0]
+    ]
