@@ -27,7 +27,7 @@ A transport moves the arrays and never looks inside.  Any path gives the bits of
 everything itself; `tests/test_reduce.py` holds this against a recursive definition for all small M and W.
 
 Rejected: adding rank by rank (bits change with the worker count), a reduction by MPI or Ray (its
-order is unspecified), exact summation by wide accumulators (3 to 10 x the memory traffic, and backprop itself
+order is unspecified), exact summation by wide accumulators (several times the memory, and backprop itself
 already rounds).
 """
 
