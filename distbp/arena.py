@@ -177,6 +177,11 @@ class Arena:
         """Join an arena that another process created, as local worker `rank`; takes over `descriptor`."""
         return cls(descriptor, layout, rank, deadline_s)
 
+    @classmethod
+    def adopt(cls, descriptor: int, layout: ArenaLayout) -> Arena:
+        """Become the keeper of an arena whose keeper is gone, as it is; takes over `descriptor`."""
+        return cls(descriptor, layout, None, 0.0)
+
     def vectors(self, step: int) -> dict[str, NDArray[np.float32]]:
         """Return the state vectors of the generation that holds the state after `step` steps."""
         return self._vectors[step & 1]

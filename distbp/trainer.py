@@ -59,10 +59,15 @@ class History:
 @functools.cache
 def membership() -> Membership:
     """Return this process's place among the workers; made once, when it is first asked for."""
-    if "DISTBP_RANK" in os.environ:
-        from distbp.backends.local_worker import LocalMembership
+    if os.environ.get("DISTBP_HOST") == "ray":
+        from distbp.backends.ray_worker import RayMembership
 
-        return LocalMembership.from_environment()
+        assert RayMembership.current is not None, "the actor made the membership before it ran the program"
+        return RayMembership.current
+    if "DISTBP_RANK" in os.environ:
+        from distbp.backends.local_worker import join_local_job
+
+        return join_local_job()
     if claim() is not None:
         from distbp.backends.mpi import MPIMembership
 
@@ -133,7 +138,7 @@ class Trainer:
         out: str | Path | None = None,
         resume: str = "auto",
         checkpoint_every_steps: int | None = None,
-        checkpoint_every_seconds: float | None = 60.0,
+        checkpoint_every_seconds: float | str | None = "auto",
         keep: int = 3,
         log_samples: bool = False,
         max_restarts: int = 10,

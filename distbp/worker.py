@@ -97,9 +97,9 @@ class Worker:
     def run(self) -> bool:
         """Train to the last step or to a requested stop, through any number of losses."""
         while True:
-            attempt = self.seat.gate()
-            transport = self.seat.connect(attempt)
+            attempt, transport = self.seat.gate(), None
             try:
+                transport = self.seat.connect(attempt)
                 # The verdict on every step finds what is not finite; a warning would only repeat it.
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                     self._build_lane(transport)
@@ -110,8 +110,8 @@ class Worker:
                 continue
             except TransportError:
                 if not self.seat.replaces_lost:
-                    assert transport is not None, "an exchange needs a transport"
-                    transport.abort()  # Closing it in order would need the host that is out of reach.
+                    if transport is not None:
+                        transport.abort()  # Closing it in order would need the host that is out of reach.
                     raise
                 # Somebody may be dead, and then the coordinator is about to say so; or a link broke.
                 self.seat.broken(attempt)
@@ -315,15 +315,10 @@ class Worker:
         rows[:, LOSS], rows[:, WEIGHT], rows[:, CORRECT] = sums.loss, sums.weight, sums.correct
         rows[0, STOP] = self.arena.stop_requested
         if self.seat.rank == 0:
-            rows[0, SAVE] = self._save_is_late()
+            rows[0, SAVE] = self.after.save_is_due()
         bad = np.flatnonzero(~np.isfinite(sums.loss))
         self.arena.mark_bad(self.first + int(bad[0]) if len(bad) else -1)
         self._tail.collect(0, (TAIL,), lambda low, high, out: np.copyto(out, rows[low:high]))
-
-    def _save_is_late(self) -> bool:
-        """Return whether the time between two saves is over; asked by rank 0, answered to all in the tail."""
-        every = self.job.checkpoint_every_seconds
-        return every is not None and time.monotonic() - self.after.saver.last_begun >= every
 
     def _reduce(self) -> None:
         """Add this worker's lane, then measure it while it is still in the cache."""
