@@ -17,14 +17,19 @@ __all__ = ["WorkerLog"]
 
 
 class WorkerLog:
-    """Lines with the time of day, appended; a log that cannot be written costs nobody anything."""
+    """Lines with the time of day, appended; a log that cannot be written costs nobody anything.
 
-    def __init__(self, out: Path, rank: int, size: int) -> None:
+    The first line says which process this was; under a launcher also its number there, which is another one
+    where the launcher does not place ranks host by host.
+    """
+
+    def __init__(self, out: Path, rank: int, size: int, launcher_rank: int | None = None) -> None:
         path = out / "logs" / f"rank-{rank:05d}.log"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._file = os.fdopen(os.open(path, flags, 0o600), "a", buffering=1)
         faulthandler.enable(self._file)
-        self.write(f"worker {rank} of {size}, pid {os.getpid()}, host {socket.gethostname()}")
+        launched = "" if launcher_rank is None else f", launcher rank {launcher_rank}"
+        self.write(f"worker {rank} of {size}, pid {os.getpid()}, host {socket.gethostname()}{launched}")
 
     def write(self, text: str) -> None:
         """Append one entry."""

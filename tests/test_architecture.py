@@ -29,7 +29,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "distbp"
 
 DRAWING = (
-    ("the commands and the small API", ("cli", "api", "doctor")),
+    (
+        "the commands and the small API",
+        ("cli", "api", "doctor", "doctor_links", "doctor_mpi", "doctor_ranks"),
+    ),
     ("what the user calls", ("trainer",)),
     (
         "who starts workers, who decides, and what a worker does",
@@ -53,7 +56,7 @@ ISLANDS = ("nn", "optim", "data", "checkpoint", "transports")
 
 ONLY_IN = {
     "mpi4py": {"transports.mpi", "backends.mpi"},
-    "ray": {"backends.ray"},
+    "ray": {"backends.ray", "backends.ray_cluster", "backends.ray_memory", "backends.ray_collective"},
 }
 """Optional packages, imported lazily and only where a backend or transport is made of them."""
 

@@ -1,35 +1,92 @@
-"""`distbp doctor`: print what `distbp/doctor.py` finds."""
+"""`distbp doctor`: print what `distbp/doctor.py` finds, under a launcher also what ranks find together."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-__all__ = ["command"]
+if TYPE_CHECKING:
+    from distbp.doctor import Verdict
+    from distbp.doctor_mpi import Report
+
+__all__ = ["command", "show_report"]
 
 
-@click.command(help="Say what works on this machine, and how to cure what does not.")
+@click.command(
+    help="Say what works on this machine, and how to cure what does not.\n\n"
+    "Under mpirun or srun all ranks are examined together, and one report is printed: launcher and library, "
+    "placement, binding, software, the shared directory, and the links between hosts."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--out", default="runs", show_default=True, metavar="DIR", help="Where runs would be written.")
 def command(as_json: bool, out: str) -> int:
     """Return 0 if nothing failed, else 78."""
-    from dataclasses import asdict
+    from distbp.backends.launcher import claim
 
+    claimed = claim()
+    if claimed is not None:
+        from distbp.doctor_mpi import examine_ranks
+
+        return examine_ranks(Path(out), claimed, lambda report: show_report(report, as_json))
     from distbp.doctor import examine
     from distbp.errors import EnvironmentMismatch
 
     found = examine(Path(out))
-    failed, warned = (sum(one.status == status for one in found.values()) for status in ("FAIL", "warn"))
     if as_json:
-        listed = [{"name": name} | asdict(verdict) for name, verdict in found.items()]
-        print(json.dumps({"ok": not failed, "checks": listed}, indent=2))
+        print(json.dumps(_as_json(found), indent=2))
     else:
-        width = max(map(len, found))
-        for name, verdict in found.items():
-            print(f"{verdict.status:<6}{name:<{width}}  {verdict.finding}")
-            if verdict.cure:
-                print(f"{'':<6}{'':<{width}}  cure: {verdict.cure}")
-        print(f"{len(found)} checks: {warned} warn, {failed} FAIL")
-    return EnvironmentMismatch.exit_code if failed else 0
+        _print_verdicts(found)
+    return EnvironmentMismatch.exit_code if _count(found, "FAIL") else 0
+
+
+def show_report(report: Report, as_json: bool) -> None:
+    """Print what ranks found together."""
+    if as_json:
+        print(json.dumps(_as_json(report.found) | {"hosts": report.hosts, "links": report.links}, indent=2))
+        return
+    if report.hosts:
+        _print_hosts(report.hosts)
+    _print_verdicts(report.found)
+
+
+def _as_json(found: dict[str, Verdict]) -> dict[str, Any]:
+    """Return verdicts as JSON values."""
+    from dataclasses import asdict
+
+    listed = [{"name": name} | asdict(verdict) for name, verdict in found.items()]
+    return {"ok": not _count(found, "FAIL"), "checks": listed}
+
+
+def _print_verdicts(found: dict[str, Verdict]) -> None:
+    """Print a line for each check, below it the cure, and at the end how many there are."""
+    width = max(map(len, found))
+    for name, verdict in found.items():
+        print(f"{verdict.status:<6}{name:<{width}}  {verdict.finding}")
+        if verdict.cure:
+            print(f"{'':<6}{'':<{width}}  cure: {verdict.cure}")
+    print(f"{len(found)} checks: {_count(found, 'warn')} warn, {_count(found, 'FAIL')} FAIL")
+
+
+def _count(found: dict[str, Verdict], status: str) -> int:
+    return sum(one.status == status for one in found.values())
+
+
+def _print_hosts(hosts: list[dict[str, Any]]) -> None:
+    """Print a table of hosts: a line for each group of ranks with the same cores and threads."""
+    from distbp.doctor_ranks import ranges
+
+    rows = [("host", "ranks", "may use cores", "of", "threads of a rank", "BLAS kernel")]
+    for host in hosts:
+        groups: dict[tuple[str, int], list[int]] = {}
+        for rank in host["ranks"]:
+            groups.setdefault((ranges(rank["cores"]), rank["threads"]), []).append(rank["rank"])
+        for (cores, threads), ranks in groups.items():
+            kernel = f"{host['blas']['name']} {host['blas']['kernel']}"
+            rows.append((host["name"], ranges(ranks), cores, f"{host['cores']}", f"{threads}", kernel))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
