@@ -47,6 +47,7 @@ from distbp.job import (
     SAVE,
     SKIPPED,
     SKIPPED_IN_ROW,
+    START,
     STOP,
     TAIL,
     UPDATE,
@@ -136,6 +137,7 @@ class Worker:
 
     def _collect(self, parameter: Parameter, leaf: Leaf) -> None:
         """Add up one tensor; when it was the last one of a bucket, say so to the lane owners."""
+        self.arena.count_unit()
         self._gradient.collect(parameter.offset, parameter.shape, leaf)
         if self._buckets_done < len(self._starts) and parameter.offset == self._starts[self._buckets_done]:
             self._buckets_done += 1
@@ -190,6 +192,7 @@ class Worker:
     def _prepare(self) -> None:
         """Bring every host to the same step, and make sure that all workers compute alike."""
         arena, job, admission = self.arena, self.job, self.seat.admission
+        arena.progress(START)
         arena.forget_ready()
         if self._transport is not None and self.seat.local_rank == 0:
             state.share(arena, job, admission, self._transport)

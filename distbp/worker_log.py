@@ -1,7 +1,7 @@
 """A worker's own log, `RUN/logs/rank-00000.log`: who it was, and what it had to say at its end.
 
-A crash inside compiled code writes its stack there too.  `launch/mpirun.sh` reads these lines to name the
-culprit of a job that ended badly.
+A crash inside compiled code writes its stack there too, and SIGUSR2 those of all threads.  `launch/mpirun.sh`
+reads these lines to name the culprit of a job that ended badly.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +30,8 @@ class WorkerLog:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._file = os.fdopen(os.open(path, flags, 0o600), "a", buffering=1)
         faulthandler.enable(self._file)
+        if hasattr(signal, "SIGUSR2") and threading.current_thread() is threading.main_thread():
+            faulthandler.register(signal.SIGUSR2, self._file)
         launched = "" if launcher_rank is None else f", launcher rank {launcher_rank}"
         self.write(f"worker {rank} of {size}, pid {os.getpid()}, host {socket.gethostname()}{launched}")
 

@@ -28,6 +28,7 @@ import msgspec
 from distbp import coordinator
 from distbp.arena import EMPTY
 from distbp.backends.base import Admission, Plan, compare_plans
+from distbp.backends.hang_watch import HangWatch
 from distbp.backends.job_parts import Call, HostMemory, WorkerLink
 from distbp.backends.signal_inbox import SignalInbox
 from distbp.coordinator import decide
@@ -42,7 +43,17 @@ _GRACE_S = 2.0
 _FAILED_GRACE_S = 0.2
 """Seconds that the others get to write what they have to say after one has failed."""
 
-_TICK_S = 5.0
+_TICK_S = 0.5
+_KINDS = {
+    "E_LOST_WORKER": "lost",
+    "E_LOST_KEEPER": "lost",
+    "E_STUCK_WORKER": "stuck",
+    "I_RESUMED": "restart",
+}
+"""What events are called in `events.jsonl`."""
+
+_STACKS_S = 0.3
+"""Seconds that a stuck worker gets to write its stacks."""
 
 
 class JobKeeper(ABC):
@@ -76,6 +87,8 @@ class JobKeeper(ABC):
         self._admitted = admitted
         self._calls: list[Call] = []
         self._stop_signal = 0
+        self._watch = HangWatch(_TICK_S)
+        self._watched_at = 0.0
         self._complete_at = self._warned_at = time.monotonic()
         self._message = ""
         self._steps_redone = 0
@@ -107,6 +120,7 @@ class JobKeeper(ABC):
                 for key, _ in self.selector.select(_TICK_S):
                     key.data()
                 self._name_missing()
+                self._end_stuck()
             return self._end()
         finally:
             for worker in self._workers.values():
@@ -139,6 +153,31 @@ class JobKeeper(ABC):
             text = f"distbp: W_WAITING for worker {missing} to {doing}, {waited:.0f} s so far"
             print(text, file=sys.stderr, flush=True)
 
+    def _end_stuck(self) -> None:
+        """End workers that make no progress: ask for their stacks first, and kill them a moment later."""
+        call, now = self._current_call(), time.monotonic()
+        if call is None or now - self._watched_at < _TICK_S:
+            return
+        self._watched_at = now
+        seen = call.memory.glances()
+        stuck = self._watch.observe(now, {rank: seen[rank] for rank in call.joined if rank in seen})
+        for found in stuck:
+            worker = self._workers[found.rank]
+            if worker.verdict is None:
+                worker.verdict = f"stuck for {found.seconds:.0f} s in {found.phase}"
+                worker.dump_stacks()
+                self.event(
+                    "E_STUCK_WORKER",
+                    rank=found.rank,
+                    host=worker.host,
+                    pid=worker.pid,
+                    phase=found.phase,
+                    seconds=round(found.seconds, 1),
+                    action="kill",
+                )
+                time.sleep(_STACKS_S)
+                worker.end()
+
     def _stop_at_once(self, number: int) -> None:
         """End the job without another step."""
         self.handle(coordinator.Failed(-1, 128 + number, "stopped at once, by a second signal"))
@@ -161,6 +200,7 @@ class JobKeeper(ABC):
         if call is not None:
             call.joined.discard(rank)
             step, saved = call.memory.progress()
+        cause = worker.verdict or cause
         self.handle(coordinator.Lost(rank, cause, step, saved))
         if not self.state.ended:
             action = f"respawn({self.state.restarts_without_progress}/{self.state.max_restarts})"
@@ -353,8 +393,7 @@ class JobKeeper(ABC):
         text = " ".join(f"{key}={value}" for key, value in fields.items())
         print(f"distbp: {name} {text}", file=sys.stderr, flush=True)
         if self._calls:
-            kind = {"E_LOST_WORKER": "lost", "E_LOST_KEEPER": "lost", "I_RESUMED": "restart"}[name]
-            self._calls[-1].run.event({"kind": kind} | fields)
+            self._calls[-1].run.event({"kind": _KINDS[name]} | fields)
 
     def _end(self) -> int:
         """Let workers leave, print why the job ended as the last thing, and return the exit code."""

@@ -9,16 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from distbp.arena import Arena
 from distbp.backends.base import Admission, Plan
+from distbp.backends.hang_watch import Glance
+from distbp.job import PHASES, SLOW_PHASES
 from distbp.run_directory import RunDirectory
 
-__all__ = ["Call", "HostMemory", "WorkerLink"]
+__all__ = ["Call", "HostMemory", "WorkerLink", "look_at"]
 
 
 class WorkerLink(Protocol):
     """A worker as the job sees it: its place, and how it is reached and ended."""
 
     said_goodbye: bool
+    verdict: str | None
+    """Why the job itself ended this worker, if it did."""
 
     @property
     def host(self) -> str:
@@ -33,6 +38,12 @@ class WorkerLink(Protocol):
 
     def wait(self, seconds: float) -> None:
         """Return when the worker has ended, or after `seconds`."""
+
+    def dump_stacks(self) -> None:
+        """Let the worker write the stacks of its threads into its log, if it still can."""
+
+    def end(self) -> None:
+        """Kill the worker; its end is then noted like any other."""
 
     def kill(self) -> None:
         """End the worker if it still runs, and give back what the link holds; idempotent."""
@@ -58,6 +69,9 @@ class HostMemory(Protocol):
 
         For messages and budgets: a host that does not answer is passed over.
         """
+
+    def glances(self) -> dict[int, Glance]:
+        """Return what is seen of the workers now; those of a host that does not answer are left out."""
 
     def set_word(self, host: int, step: int) -> None:
         """Store the committed-step word of one host."""
@@ -87,3 +101,12 @@ class Call:
         """Give back the memory and the run directory; idempotent."""
         self.memory.close()
         self.run.close()
+
+
+def look_at(arena: Arena) -> dict[int, Glance]:
+    """Return what is seen of the workers of a host, by their numbers there."""
+    glances = {}
+    for worker in range(arena.layout.workers):
+        units, phase = arena.progress_of(worker)
+        glances[worker] = Glance(units, PHASES[phase], phase in SLOW_PHASES)
+    return glances

@@ -17,8 +17,9 @@ import msgspec
 
 from distbp.arena import Arena
 from distbp.backends.base import Admission, Plan, host_layout
+from distbp.backends.hang_watch import Glance
 from distbp.backends.job_keeper import JobKeeper
-from distbp.backends.job_parts import Call, WorkerLink
+from distbp.backends.job_parts import Call, WorkerLink, look_at
 from distbp.backends.local_process import WorkerProcess
 from distbp.errors import EnvironmentMismatch
 from distbp.run_directory import RunDirectory
@@ -124,6 +125,10 @@ class LocalMemory:
     def progress(self) -> tuple[int, int]:
         """Return the committed step and the newest durable checkpoint."""
         return self._arena.committed, self._arena.saved
+
+    def glances(self) -> dict[int, Glance]:
+        """Return what is seen of the workers."""
+        return look_at(self._arena)
 
     def set_word(self, host: int, step: int) -> None:
         """Not needed: one host is never ahead of another."""

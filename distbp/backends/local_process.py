@@ -29,6 +29,7 @@ class WorkerProcess:
     channel: PacketChannel
     pidfd: int
     said_goodbye: bool = False
+    verdict: str | None = None
     host: str = field(default_factory=socket.gethostname)
     unwatch: Callable[..., None] = lambda *watched: None
 
@@ -64,6 +65,14 @@ class WorkerProcess:
         """Return when the process has ended, or after `seconds`."""
         with suppress(subprocess.TimeoutExpired):
             self.popen.wait(seconds)
+
+    def dump_stacks(self) -> None:
+        """Let the process write its stacks (`WorkerLog`); one that is stopped will not."""
+        self.popen.send_signal(signal.SIGUSR2)
+
+    def end(self) -> None:
+        """Kill the process; its pidfd tells when it is gone."""
+        self.popen.kill()
 
     def kill(self) -> None:
         """End the process if it still runs, wait for it, and give back the descriptors; idempotent."""

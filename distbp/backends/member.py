@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from distbp.arena import Arena, ArenaLayout, Parked
+from distbp.arena import Arena, ArenaLayout
 from distbp.backends.base import Admission, CallFinished, Plan, Seat
 from distbp.errors import WorkerLost
 from distbp.transports.base import Transport
@@ -131,8 +131,7 @@ class JobMembership:
                 self._read_news(_POLL_S)
             except CallFinished as finished:
                 return finished.result
-            if seat.arena.announced_attempt > seat.arena.barrier.attempt:
-                raise Parked
+            seat.arena.barrier.look()
 
     def report_failure(self, exit_code: int, message: str) -> None:
         """Tell the job why this worker ends, and write it into its log; never raises."""
@@ -169,7 +168,7 @@ class JobMembership:
         assert self._open_lane is not None, "this backend has one host"
         while self._peers["attempt"] < attempt:
             self._read_news(_POLL_S)
-            seat.arena.barrier.check_parked()
+            seat.arena.barrier.look()
         return self._open_lane(self._peers, seat)
 
     def _answer(self) -> tuple[dict[str, Any], int | None]:
