@@ -6,6 +6,7 @@ The descriptions decide whether two workers do the same, and whether a checkpoin
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,16 @@ import numpy as np
 from distbp.data import ArrayDataset
 from distbp.errors import ConfigError, DataError
 from distbp.nn import Layer, Network
+from distbp.saver import AUTO
 
-__all__ = ["check_data", "check_metadata", "describe_layer", "describe_options", "too_many_workers"]
+__all__ = [
+    "check_data",
+    "check_metadata",
+    "check_saving",
+    "describe_layer",
+    "describe_options",
+    "too_many_workers",
+]
 
 
 def check_data(network: Network, train: ArrayDataset, validation: ArrayDataset | None) -> None:
@@ -49,6 +58,18 @@ def check_metadata(metadata: dict[str, Any] | None) -> None:
         json.dumps(metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"metadata: expected JSON values, {error}") from error
+
+
+def check_saving(every_steps: int | None, every_seconds: float | str | None) -> None:
+    """Refuse a plan of checkpoints that cannot be followed."""
+    is_count = isinstance(every_steps, int) and not isinstance(every_steps, bool) and every_steps > 0
+    if every_steps is not None and not is_count:
+        raise ConfigError(f"checkpoint_every_steps: expected a whole number > 0 or None, got {every_steps!r}")
+    is_time = isinstance(every_seconds, int | float) and 0 < every_seconds < math.inf
+    if every_seconds is not None and every_seconds != AUTO and (every_seconds is True or not is_time):
+        raise ConfigError(
+            f'checkpoint_every_seconds: expected seconds > 0, "{AUTO}" or None, got {every_seconds!r}'
+        )
 
 
 def too_many_workers(workers: int, batch_size: int, micro_batch: int) -> str:

@@ -34,6 +34,7 @@ from distbp.partition import default_micro_batch
 from distbp.planning import (
     check_data,
     check_metadata,
+    check_saving,
     describe_layer,
     describe_options,
     too_many_workers,
@@ -153,9 +154,10 @@ class Trainer:
         """Train on `train`, an `ArrayDataset` or `(x, y)`, and return the history; all workers call this.
 
         A run that `out` already holds goes on from its newest checkpoint (`resume="auto"`); `metadata` is
-        stored in every checkpoint.  With several hosts gradients are exchanged while backprop goes on
-        (`overlap`), in buckets of at least `bucket_bytes` (None: measured); neither changes a bit.  Raises
-        `Stopped` when the run was asked to stop (its state is saved).
+        stored in every checkpoint; `checkpoint_every_seconds` is a time, None, or "auto": at most a minute is
+        lost and 3.5 % of the time spent (`saver.py`).  With several hosts gradients are exchanged while backprop
+        goes on (`overlap`), in buckets of at least `bucket_bytes` (None: measured); neither changes a bit.
+        Raises `Stopped` when the run was asked to stop (its state is saved).
         """
         members = membership() if members is None else members
         train_data = _dataset(train)
@@ -177,6 +179,7 @@ class Trainer:
                 keep=keep,
             )
             check_metadata(metadata)
+            check_saving(checkpoint_every_steps, checkpoint_every_seconds)
             seat = members.join(plan)
             if isinstance(seat, dict):
                 return self._replay(seat)
