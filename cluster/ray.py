@@ -125,7 +125,14 @@ class RayNodes:
 
     def wait_for(self, nodes: int) -> None:
         """Return when so many nodes live; `ClusterError` after a minute and a half."""
-        script = [self._prefix / "bin" / "python", "-c", _AWAIT, self.address, str(nodes), str(_READY_S)]
+        script: list[str | Path] = [
+            self._prefix / "bin" / "python",
+            "-c",
+            _AWAIT,
+            self.address,
+            str(nodes),
+            str(_READY_S),
+        ]
         done = self._hosts.run(self.head, script, env=self.environment(), timeout=2 * _READY_S)
         if done.returncode != 0:
             log = (self._hosts.directory / f"ray-{self.head}.log").read_text()

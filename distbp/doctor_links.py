@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -28,7 +28,9 @@ from distbp.doctor import Verdict
 from distbp.doctor_ranks import NAME_THE_NETWORK, say_list
 from distbp.errors import TransportError
 
-__all__ = ["MOST_HOSTS_IN_PAIRS", "Link", "judge_links", "measure_links", "rounds"]
+__all__ = ["MOST_HOSTS_IN_PAIRS", "Link", "judge_links", "measure_links", "measure_pair", "rounds"]
+
+Array = NDArray[Any]
 
 MOST_HOSTS_IN_PAIRS = 64
 """With more hosts only neighbours meet: all pairs would take as many rounds as there are hosts."""
@@ -93,15 +95,24 @@ def measure_links(
 
 
 def _measure(world: MPIWorld, partner: int, hosts: tuple[str, str], timeout_s: float) -> Link:
-    """Return what this rank and `partner` measure; the bandwidths are the sender's."""
+    """Return what this rank and `partner` measure."""
     until = time.monotonic() + timeout_s
+    lower = world.rank < partner
 
-    lower, small = world.rank < partner, np.ones(8, np.uint8)
-
-    def move(array: NDArray[Any], forth: bool) -> None:
-        """Bring an array from the lower rank to the higher one, or back."""
+    def move(array: Array, forth: bool) -> None:
         send, receive = (array, None) if forth == lower else (None, array)
         world.exchange(partner, send, receive, max(0.0, until - time.monotonic()))
+
+    return measure_pair(hosts, move)
+
+
+def measure_pair(hosts: tuple[str, str], move: Callable[[Array, bool], None]) -> Link:
+    """Return what two hosts measure, both of which call this; the bandwidths are the sender's.
+
+    `move(array, forth)` brings an array from the first host to the second one, or back.  A `TransportError`
+    that it raises ends the measurement and is the link's error.
+    """
+    small = np.ones(8, np.uint8)
 
     def there_and_back() -> float:
         begin = time.perf_counter()
@@ -131,14 +142,24 @@ def _measure(world: MPIWorld, partner: int, hosts: tuple[str, str], timeout_s: f
     return Link(hosts, (size / there_s, size / back_s), latency_s)
 
 
-def judge_links(links: Sequence[Link], hosts: int) -> Verdict:
-    """Say what links carry, and name those that are slow beside the others or carry nothing."""
+def judge_links(
+    links: Sequence[Link],
+    hosts: int,
+    *,
+    open_it: str = NAME_THE_NETWORK,
+    avoid_it: str = "leave the host that they share out of the host file",
+) -> Verdict:
+    """Say what links carry, and name those that are slow beside the others or carry nothing.
+
+    `open_it` cures links that carry nothing, `avoid_it` is what else to do about slow ones.
+    """
     if hosts == 1:
         return Verdict("ok", "one host: nothing crosses a network")
     broken = [link for link in links if link.error]
     if broken:
         one = broken[0]
-        return Verdict("FAIL", f"{' and '.join(one.hosts)} exchange nothing: {one.error}", NAME_THE_NETWORK)
+        pairs = say_list([" and ".join(link.hosts) for link in broken], "; ")
+        return Verdict("FAIL", f"{pairs} exchange nothing: {one.error}", open_it)
     rates = {link.hosts: min(link.bytes_per_second) for link in links}
     slowest, typical = min(rates, key=lambda pair: rates[pair]), statistics.median(rates.values())
     found = (
@@ -154,7 +175,7 @@ def judge_links(links: Sequence[Link], hosts: int) -> Verdict:
         return Verdict(
             "warn",
             f"{found}; below {SLOW:g} of the median of {typical * 8e-9:.3g} Gbit/s: {say_list(slow)}",
-            "look at these links, or leave the host that they share out of the host file",
+            f"look at these links, or {avoid_it}",
         )
     return Verdict("ok", found)
 

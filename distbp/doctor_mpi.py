@@ -22,11 +22,10 @@ import contextlib
 import faulthandler
 import importlib.util
 import os
-import secrets
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,8 @@ import msgspec
 
 from distbp.backends.launcher import Claim
 from distbp.backends.mpi_world import MPIWorld, loaded_library
-from distbp.doctor import Verdict, check_out, examine, existing_folder
+from distbp.doctor import Verdict, examine, existing_folder
+from distbp.doctor_folder import look_for, posted
 from distbp.doctor_links import judge_links, measure_links
 from distbp.doctor_ranks import (
     NAME_THE_NETWORK,
@@ -61,9 +61,6 @@ LAST_RESORT_S = 900.0
 
 ASIDE_S = 5.0
 """How long processes that nobody asks wait for the report: many launchers end all when one ends badly."""
-
-VISIBLE_S = 5.0
-"""A network file system may show a new file late."""
 
 REPLACED = ("cores", "mpi")
 """Checks of one process that ranks make together: `binding`, and `launcher` with the library."""
@@ -272,9 +269,9 @@ class _Examination:
         if len(self.firsts) == 1:
             self.report.found["shared"] = Verdict("ok", "one host: nothing needs to be shared")
             return
-        with _token(self.out) if self.world.rank == 0 else contextlib.nullcontext() as token:
+        with posted(self.out) if self.world.rank == 0 else contextlib.nullcontext() as token:
             token = self.world.broadcast(token, self.firsts)
-            mine = "" if token is None or self.world.rank == 0 else _look_for(*token)
+            mine = "" if token is None or self.world.rank == 0 else look_for(*token)
             told, missing = self._hear(mine)
         if self.world.rank != 0:
             return
@@ -317,37 +314,3 @@ class _Examination:
         words = f"{silent} sent nothing within {self.deadlines.answer_s:g} s" if missing else ""
         names = dict(zip(self.firsts, self.names, strict=True))
         return {names[rank]: told[rank] for rank in sorted(told)}, words
-
-
-@contextlib.contextmanager
-def _token(out: Path) -> Iterator[tuple[str, str] | None]:
-    """Write a file where runs would lie; give its path and its random text, None if that fails."""
-    path, text = existing_folder(out) / f".distbp-doctor-{secrets.token_hex(4)}", secrets.token_hex(16)
-    try:
-        path.write_text(text)
-    except OSError:
-        yield None
-        return
-    try:
-        yield str(path), text
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _look_for(path: str, text: str) -> str:
-    """Return why this host cannot use the folder in which rank 0 wrote `text` to `path`; "" if it can."""
-    until, folder = time.monotonic() + VISIBLE_S, Path(path).parent
-    while True:
-        try:
-            os.listdir(folder)  # Makes a network file system ask its server again.
-            seen = Path(path).read_text()
-            break
-        except OSError as error:
-            if time.monotonic() > until:
-                there = "the file is not there" if folder.is_dir() else "there is no such directory"
-                return there if isinstance(error, FileNotFoundError) else f"{error.strerror}"
-        time.sleep(0.1)
-    if seen != text:
-        return "the file has another content"
-    verdict = check_out(folder)
-    return "" if verdict.status != "FAIL" else verdict.finding

@@ -36,6 +36,7 @@ __all__ = [
     "RankFacts",
     "arrange",
     "describe_rank",
+    "hash_of_a_product",
     "join_verdicts",
     "judge_binding",
     "judge_names",
@@ -46,6 +47,7 @@ __all__ = [
     "say_count",
     "say_list",
     "say_ranks",
+    "shortened",
 ]
 
 MOST_NAMED = 4
@@ -123,7 +125,7 @@ def describe_rank(rank: int, library: str) -> RankFacts:
         trouble = str(error)
     limits = limit_threads(run.threads)
     try:
-        software = describe_environment() | {"product": _hash_of_a_product()}
+        software = describe_environment() | {"product": hash_of_a_product()}
     finally:
         limits.restore_original_limits()
     present = os.cpu_count() or 1
@@ -159,7 +161,7 @@ def _granted(present: int) -> tuple[int, ...]:
     return _cores_of(0, present) if limit.isdigit() and int(limit) < len(parent) else parent
 
 
-def _hash_of_a_product() -> str:
+def hash_of_a_product() -> str:
     """Return the SHA-256 of a matrix product: the same on ranks whose BLAS gives the same bits."""
     rows, inner, columns = PRODUCT
     left = normal(rows * inner, 0, "doctor left").astype(np.float32).reshape(rows, inner)
@@ -228,7 +230,7 @@ def judge_software(hosts: Sequence[Host]) -> Verdict:
         return Verdict("ok", f"{everybody} {same}; a matrix product has the same bits")
     told = [
         f"{say_ranks([rank.rank for rank in group])} ({say_list(sorted({rank.host for rank in group}))}): "
-        + _shortened(difference)
+        + shortened(difference)
         for difference, group in groups.items()
     ]
     return Verdict(
@@ -249,7 +251,7 @@ def _cure_difference(differences: str) -> str:
     return "install the same Python, NumPy and distbp on every host"
 
 
-def _shortened(difference: str) -> str:
+def shortened(difference: str) -> str:
     """Return a difference without the lists of all CPU features, which fill a page."""
     entries = difference.split("; ")
     return "; ".join(entry if len(entry) < 200 else f"{entry.split()[0]} differ" for entry in entries)

@@ -31,7 +31,20 @@ PACKAGE = REPOSITORY / "distbp"
 DRAWING = (
     (
         "the commands and the small API",
-        ("cli", "api", "doctor", "doctor_links", "doctor_mpi", "doctor_ranks"),
+        (
+            "cli",
+            "api",
+            "doctor",
+            "doctor_folder",
+            "doctor_links",
+            "doctor_mpi",
+            "doctor_ranks",
+            "doctor_ray",
+            "doctor_ray_links",
+            "doctor_ray_nodes",
+            "doctor_upload",
+            "doctor_witness",
+        ),
     ),
     ("what the user calls", ("trainer",)),
     (
@@ -56,7 +69,14 @@ ISLANDS = ("nn", "optim", "data", "checkpoint", "transports")
 
 ONLY_IN = {
     "mpi4py": {"transports.mpi", "backends.mpi"},
-    "ray": {"backends.ray", "backends.ray_cluster", "backends.ray_memory", "backends.ray_collective"},
+    "ray": {
+        "backends.ray",
+        "backends.ray_cluster",
+        "backends.ray_doctor",
+        "backends.ray_memory",
+        "backends.ray_collective",
+        "backends.ray_collective.board",
+    },
 }
 """Optional packages, imported lazily and only where a backend or transport is made of them."""
 

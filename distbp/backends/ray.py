@@ -13,6 +13,7 @@ holds it, from the newest checkpoint.
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import secrets
@@ -160,7 +161,7 @@ class RayJob(JobKeeper):
         while not closing.is_set():
             connection = self._listener.accept(0.5)
             if connection is not None:
-                self._posts.put(lambda arrived=connection: self._meet(arrived))
+                self._posts.put(functools.partial(self._meet, connection))
 
     def _meet(self, connection: wire.Connection) -> None:
         """Match a connection with the actor that was started; one of an older start is turned away."""

@@ -21,7 +21,7 @@ DOCUMENTED = {
     "evaluate": "--target --json",
     "predict": "-o",
     "inspect": "--json --verify",
-    "doctor": "--json --out",
+    "doctor": "--backend --json --out --ray-insecure",
     "config show": "-c -o --origin --json",
     "config init": "",
     "config check": "",
