@@ -1,9 +1,9 @@
-"""Allreduce between two Ray actors, beside `ray.util.collective`'s GLOO: `python -m benchmarks.ray_collective`.
+"""Allreduce between two Ray actors, beside Ray's own GLOO: `python -m benchmarks.ray_collective`.
 
 The same two actors are in a group of each backend and take turns, so that a busy moment of the machine hits
-both; a round is a barrier and then as many sums as `--bytes` allows.  GLOO gets torch tensors, its own kind of
-array, ours gets NumPy's.  The table gives the medians of the rounds in milliseconds for a call, the least and
-the most, and the median of the ratios of neighbouring rounds.  The slower rank of a round counts.
+both; a round is a barrier and then as many sums as `--bytes` allows.  GLOO gets torch tensors, its own kind
+of array, ours gets NumPy's.  The table gives the medians of the rounds in milliseconds for a call, the least
+and the most, and the median of the ratios of neighbouring rounds.  The slower rank of a round counts.
 
 `one` is one node, `two` are two emulated nodes (Linux, root), whose network is memory: what is measured there
 is the cost of the software, or with `--rate-mbit` a link.

@@ -155,9 +155,9 @@ class Trainer:
 
         A run that `out` already holds goes on from its newest checkpoint (`resume="auto"`); `metadata` is
         stored in every checkpoint; `checkpoint_every_seconds` is a time, None, or "auto": at most a minute is
-        lost and 3.5 % of the time spent (`saver.py`).  With several hosts gradients are exchanged while backprop
-        goes on (`overlap`), in buckets of at least `bucket_bytes` (None: measured); neither changes a bit.
-        Raises `Stopped` when the run was asked to stop (its state is saved).
+        lost and 3.5 % of the time spent (`saver.py`).  With several hosts gradients are exchanged while
+        backprop goes on (`overlap`), in buckets of at least `bucket_bytes` (None: measured); neither changes
+        a bit.  Raises `Stopped` when the run was asked to stop (its state is saved).
         """
         members = membership() if members is None else members
         train_data = _dataset(train)

@@ -22,7 +22,7 @@
 #
 # What a plain `ray job submit` leaves undone, and this script does:
 #
-#   upload     Ray would send .git and environments too, and refuse only after it has packed everything.  Left out
+#   upload     Ray would send environments and data too, and refuse only after it has packed them.  Left out
 #              are .git, .venv*, caches, and runs/ and data/ at the top; what .gitignore and .rayignore name is
 #              left out by Ray.  Data in data/ are sent if a word of COMMAND names them.
 #   stopping   SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 become `ray job stop`, which sends SIGTERM: distbp
@@ -104,7 +104,7 @@ ray=$(command -v ray) || ray=$(dirname "${BASH_SOURCE[0]}")/../.venv-ray/bin/ray
 
 if [ "$insecure" = no ]; then
     export RAY_AUTH_MODE=token
-    token=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
+    token=${RAY_AUTH_TOKEN_PATH:-${HOME-}/.ray/auth_token}
     if [ -z "${RAY_AUTH_TOKEN-}" ]; then
         [ -s "$token" ] || { say "expected the cluster's token in $token, found none; copy it from the head, or say --insecure if the cluster asks for none"; exit 77; }
         [[ $(stat -Lc %a "$token") = *00 ]] || { say "expected that nobody else may read $token; run: chmod 600 $token"; exit 77; }
@@ -249,7 +249,8 @@ ask_state() {
         head -n 1 | grep -oE '[A-Za-z]+$' || true
 }
 
-# Return when the job has ended, with Ray's word for it in `state`; empty if Ray did not answer for some minutes.
+# Ask every $1 seconds until the job has ended, and leave Ray's word for that in `state`; it is empty when Ray did not
+# answer five times in a row.
 await_end() {
     local unanswered=0
     while [ "$unanswered" -lt 5 ]; do

@@ -212,7 +212,7 @@ def test_a_firewall_between_two_nodes_is_named(nodes, hosts, prefix, tmp_path):
     before = hosts.run("host1", ["cat", ranges], check=True).stdout
     try:
         hosts.run("host1", ["tee", ranges], input=f"{ports[0]} {ports[1]}", check=True)
-        done = nodes.run_driver(doctor(prefix, "--json"), cwd=tmp_path, timeout=90)
+        done = nodes.run_driver(impatient(prefix, connect_s=2.0), cwd=tmp_path, timeout=90)
     finally:
         hosts.run("host2", ["ip", "rule", "del", *rule], check=True)
         hosts.run("host1", ["tee", ranges], input=before, check=True)
@@ -234,12 +234,12 @@ def test_a_node_that_is_silent_is_named(nodes, hosts, prefix, tmp_path):
         hosts.run(
             "host2", ["tee", hidden / "__init__.py"], input="import time; time.sleep(600)\n", check=True
         )
-        done = nodes.run_driver(impatient(prefix, start_s=8.0), cwd=tmp_path, timeout=90)
+        done = nodes.run_driver(impatient(prefix, start_s=12.0), cwd=tmp_path, timeout=90)
     finally:
         hosts.run("host2", ["umount", "--lazy", hidden], check=True)
     found = Examined(done)
     assert (done.returncode, found.wrong()) == (78, {"nodes": "FAIL"})
-    found.says("nodes", "host2: gave no answer within 8 s")
+    found.says("nodes", "host2: gave no answer within 12 s")
 
 
 def test_a_wrong_token_is_named(nodes, hosts, prefix, tmp_path):
