@@ -306,9 +306,11 @@ class _Examination:
             self.report.found["driver"] = _refusal(error)
             return
         self.report.found["driver"] = judge_calls(calls.unreached, calls.answered, calls.driver)
-        links, untried = measure_pairs(witnesses, calls.addresses, self.deadlines)
+        # Only nodes with workers exchange gradients; the head of many clusters gives out no processors.
+        members = {index: at for index, at in calls.addresses.items() if self.nodes[index].ray.cpus > 0}
+        links, untried = measure_pairs(witnesses, members, self.deadlines)
         self.report.links = [msgspec.to_builtins(link) for link in links]
-        verdict = judge_pairs(links, untried, len(calls.addresses), self.deadlines.pairs_s)
+        verdict = judge_pairs(links, untried, len(members), self.deadlines.pairs_s)
         self.report.found["network"] = verdict
 
     # ----- what is left

@@ -108,6 +108,8 @@ def measure_pairs(
     until, members = time.monotonic() + deadlines.pairs_s, sorted(addresses)
     links: list[Link] = []
     untried = 0
+    if not members:
+        return links, untried
     for several in rounds(len(members)):
         pairs = [(members[a], members[b]) for a, b in several]
         if time.monotonic() > until:
@@ -159,7 +161,7 @@ def judge_pairs(links: list[Link], untried: int, nodes: int, pairs_s: float) -> 
     """Say what links between `nodes` nodes carry, and how many were not tried within `pairs_s` seconds."""
     if nodes > 1 and not links:
         return Verdict("FAIL", f"no pair of {nodes} nodes was measured", OPEN_PORTS)
-    verdict = judge_links(links, nodes, open_it=OPEN_PORTS, avoid_it=AVOID)
+    verdict = judge_links(links, max(nodes, 1), open_it=OPEN_PORTS, avoid_it=AVOID)
     if not untried:
         return verdict
     return Verdict(

@@ -215,16 +215,17 @@ def judge_shared(nodes: Sequence[Node], blind: Mapping[str, str], where: str, th
     """Say which nodes cannot use the driver's folder `where`, and what follows; `blind` says why, by name.
 
     Worker 0 writes the checkpoints.  It is on the driver's node if that has a worker, of `threads`
-    processors.
+    processors.  Nodes on which no worker has room need to see nothing.
     """
     if not nodes:
         return Verdict("FAIL", "not tried: no node answered")
+    nodes = [node for node in nodes if node.ray.drivers or node.ray.cpus >= threads]
+    blind = {node.name: blind[node.name] for node in nodes if node.name in blind}
     if not blind:
-        if len(nodes) == 1:
+        if len(nodes) <= 1:
             return Verdict("ok", "one node: nothing needs to be shared")
-        return Verdict(
-            "ok", f"all {len(nodes)} nodes read what the driver writes in {where}, and can write there"
-        )
+        finding = f"all {len(nodes)} nodes read what the driver writes in {where}, and can write there"
+        return Verdict("ok", finding)
     told = say_list([f"{name}: {reason}" for name, reason in blind.items()], "; ")
     found = f"what the driver writes in {where} is of no use to {told}"
     home = next((node for node in nodes if node.ray.drivers), None)

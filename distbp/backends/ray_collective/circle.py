@@ -38,7 +38,7 @@ Bytes = NDArray[np.uint8]
 JOINS = {"SUM": np.add, "PRODUCT": np.multiply, "MIN": np.minimum, "MAX": np.maximum}
 """Ray's names of reductions."""
 
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 20
 """What a rank puts into an area at most on one node: three of them should stay in a second-level cache."""
 
 FAR_PIECE_BYTES = 1 << 21
