@@ -22,10 +22,10 @@ What goes wrong.  A disk that refuses costs a checkpoint, not the run: it is sai
 `ERRORS_IN_A_ROW` of them end the run (73).  A state that is not finite is never saved (79).  A save that
 makes no progress for `NO_PROGRESS_S` is named, and nobody waits for it any longer.
 
-Tried and rejected.  A writer process of low priority that maps the memory: it needs no pacing, and one more
-process to start, watch and clean up on every backend; with pacing the steps were not slower (docs/LOG.md).
-A low priority for the thread: it may be put aside while it holds the interpreter, and training with it.  A
-copy by all workers, each its lane: the copy is read by one process, so it would have to be part of the arena.
+Not done.  A writer process of low priority that maps the memory would need no pacing, and would be one more
+process to start, watch and clean up on every backend; `benchmarks/checkpoint.py` shows what the thread costs.
+A low priority for the thread: it could be put aside while it holds the interpreter, and training with it.  A
+copy by all workers, each its lane: one process writes it, so it would have to be part of the arena.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ class Saver:
                 self._copies[name] = np.empty_like(tensor, order="C")
             np.copyto(self._copies[name], tensor)
         snapshot = checkpoint.Snapshot(step=step, tensors=dict(self._copies), metadata=metadata)
-        # Checked once, written once, and the older ones read once before any is removed.
-        size = sum(copy.nbytes for copy in self._copies.values()) * (self._keep + 1)
+        # Checked once, written once, and the older ones that stay are read before any is removed.
+        passes = 2 + max(self._keep - 1, 0)
+        size = sum(copy.nbytes for copy in self._copies.values()) * passes
         self._pace = Pace(size, min(LONGEST_S, since_last / 2))
         self._warned = False
         stalled = time.monotonic() - now
