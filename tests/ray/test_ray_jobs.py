@@ -160,6 +160,7 @@ def test_what_is_measured_is_what_is_sent(submit, tmp_path):
     assert sent == {"train.py", "pkg/data/x", ".gitignore", ".rayignore"}
 
 
+@pytest.mark.slow
 def test_a_stop_leaves_time_to_save(submit, tmp_path):
     """A signal to the script reaches the job as SIGTERM, and Ray waits until it has saved."""
     (tmp_path / "slow.py").write_text(SLOW_TO_SAVE)
@@ -171,6 +172,7 @@ def test_a_stop_leaves_time_to_save(submit, tmp_path):
     assert "\nsaved\n" in printed
 
 
+@pytest.mark.slow
 def test_distbp_trains_and_stops_as_a_job(submit, tmp_path):
     """The real distbp trains two workers, saves on request with 75, and a finished run ends with 0."""
     out = tmp_path / "run"
