@@ -1,15 +1,16 @@
 """The Ray cluster that a job runs on: finding or starting it, asking what it has, and choosing the hosts.
 
 With `RAY_ADDRESS` in the environment (`ray job submit` sets it) the job joins that cluster; without it a Ray
-of its own is started on this machine's loopback address, and ends with the job.
+of its own is started on this machine, and ends with the job; Ray may let it listen on other interfaces too.
 
 Ray waits for ever for processors that a cluster does not have, so it is asked first, and the answer names
 what was asked and what is there.  Hosts are chosen here and not by Ray: as few nodes as hold the workers, and
 those evenly, because the smallest host decides how many lanes there are.  Every host is one bundle of a
 placement group; when a node dies, Ray looks for another one for its bundle, a spare one or the same again.
 
-Whoever reaches a Ray cluster can run any program there (CVE-2023-48022).  So a cluster without token
-authentication is refused, unless `run.ray_insecure` says that its network is trusted.
+Whoever reaches a Ray cluster can run any program there (CVE-2023-48022).  So a driver without token
+authentication is refused, unless `run.ray_insecure` says that the network is trusted.  Whether the cluster
+itself asks for the token is not tried here; `distbp doctor --backend ray` does.
 """
 
 from __future__ import annotations

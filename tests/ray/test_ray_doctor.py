@@ -271,8 +271,10 @@ def alone(prefix, tmp_path):
         )
 
     yield run
-    wait_until(lambda: not processes_with_home(home), timeout=10)
-    shutil.rmtree(logs)
+    try:
+        wait_until(lambda: not processes_with_home(home), timeout=10)
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def processes_with_home(home):
