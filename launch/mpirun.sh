@@ -213,7 +213,7 @@ watch() {
     local path process napped=0
     shopt -s nullglob
     for path in /dev/shm/*; do tries[$path]=0; done # What was there before is not the job's.
-    while kill -0 $$ 2>/dev/null; do
+    while [ -e /proc/$$/exe ]; do # A zombie has none: whoever killed this script may never ask for its end.
         note_segments
         [ -n "$run" ] || note_run
         # The launcher may not act on last words: it waits for a host that it cannot reach, say.

@@ -163,6 +163,7 @@ class StandIn:
             cwd=REPOSITORY,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=listen_to_signals,
         )
         launcher = int(self.meet())
         try:
@@ -176,6 +177,12 @@ class StandIn:
     def meet(self) -> str:
         """Return what the waiting launcher says next."""
         return (self.here / "ready").read_text()
+
+
+def listen_to_signals() -> None:
+    """Forget that the tests may run under nohup: a shell cannot catch what it was started to ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 # ----- which launcher, and what it is told

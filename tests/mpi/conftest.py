@@ -178,6 +178,7 @@ class Script:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # Also if the tests ignore it.
         )
         with contextlib.suppress(OSError):  # It has ended already; what follows will say how.
             self._shm = wait_until(self._find_shm)
