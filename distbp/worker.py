@@ -254,10 +254,7 @@ class Worker:
 
     def _meet_everybody(self) -> None:
         """Wait for every worker of every host: nobody may leave while another could still need it."""
-        self.check.look_back(self.step)
-        self.check.agree()
-        self.arena.barrier.wait()
-        self.check.conclude()
+        self.check.meet(self.step)
         if self._transport is not None and self.seat.local_rank == 0:
             self._transport.barrier()
         self.arena.barrier.wait()
