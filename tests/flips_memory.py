@@ -16,7 +16,6 @@ through /proc/PID/mem, and they go on.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -30,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from tests.conftest import Job, result_of, wait_until  # noqa: E402  The repository must be importable.
-from tests.memory import Memory, job_parts  # noqa: E402
+from tests.memory import Memory, corruptions, job_parts  # noqa: E402
 
 STEPS_A_FLIP = 40
 OPTIONS = [
@@ -127,13 +126,6 @@ def run_with_flips(rng, count, options, out):
         if job.process.poll() is None:
             job.kill()
     return found, missed, late, wrong, result_of(out)
-
-
-def corruptions(out):
-    """The corruptions that a run has recorded."""
-    path = out / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [record for record in map(json.loads, lines) if record["kind"] == "corrupt"]
 
 
 def undisturbed(options, out):

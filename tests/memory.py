@@ -5,6 +5,7 @@ Workers are stopped for the moment of a flip, so that the step in which it falls
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -138,6 +139,24 @@ class Memory:
                 self.word(_FIRST_LINE + _LINE * worker + _PHASE) for worker in range(self.layout.workers)
             ]
         return Flip(step, vector, element, bit, tuple(phases))
+
+    def flip_in_time(self, rng, out, **options):
+        """Flip until one was not too late, or was found in the run `out` nevertheless; return that one."""
+        while True:
+            flip = self.flip(rng, **options)
+            if not flip.late:
+                return flip
+            while not corruptions(out) and self.committed < flip.step + 2:
+                time.sleep(0.001)
+            if corruptions(out):
+                return flip
+
+
+def corruptions(out):
+    """The corruptions that the run in `out` has recorded."""
+    path = Path(out) / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if record["kind"] == "corrupt"]
 
 
 def new_seed():

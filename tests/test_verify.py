@@ -27,7 +27,7 @@ from distbp.optim import SGD, norm
 from distbp.trainer import Trainer
 from distbp.verify import Corruption, StateCheck, add_up, block_sums, cover_state
 from tests.conftest import result_of, wait_until
-from tests.memory import Memory, job_parts, new_seed
+from tests.memory import Memory, corruptions, job_parts, new_seed
 
 # ----- checksums
 
@@ -338,13 +338,6 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def corruptions(out):
-    """The corruptions that a run has recorded."""
-    path = out / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [record for record in map(json.loads, lines) if record["kind"] == "corrupt"]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The result of a run to which nothing happens, and that verifies nothing."""
@@ -398,9 +391,7 @@ def test_a_flip_before_the_first_checkpoint_ends_a_local_run_with_80(start, tmp_
     wait_until(lambda: len(job.workers()) == 2)
     wait_until(lambda: (out / "samples.log").exists())
     memory = Memory(job.workers().values(), parts.layout)
-    flip = memory.flip(random.Random(new_seed()))
-    while flip.late and not corruptions(out) and memory.committed < 900:
-        flip = memory.flip(random.Random(flip.step))
+    memory.flip_in_time(random.Random(new_seed()), out)
     memory.close()
     done = job.wait()
     assert done.returncode == 80, done.stderr
