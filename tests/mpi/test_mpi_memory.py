@@ -106,7 +106,9 @@ def test_the_script_starts_again(mpi, script, undisturbed, tmp_path):
     flip_when_saved(out, (0, 1, 2), parts.layout)
     ended = job.wait()
     assert ended.returncode == 0, ended.stderr
-    assert "ended with 69 (a rank was lost); starting again" in ended.stderr
+    assert "ended with 69 (the state was corrupted); starting again" in ended.stderr
+    assert "no rank is to blame" in ended.stderr
+    assert ended.culprits == []
     assert ended.stderr.count("E_CORRUPT_STATE") == len(corruptions(out)) == 1
     assert result_of(out)["state_sha256"] == undisturbed["state_sha256"]
     ended.check_clean()
