@@ -33,7 +33,8 @@ from distbp import state
 from distbp.after_step import AfterStep
 from distbp.arena import EMPTY, RELOAD, Parked
 from distbp.backends.base import Seat, host_ranks
-from distbp.errors import Diverged, TransportError
+from distbp.divergence import diverged
+from distbp.errors import TransportError
 from distbp.exchange import BucketExchange, Piece, bucket_starts, cut_pieces, probe_bucket_bytes
 from distbp.job import (
     COMPUTE,
@@ -358,9 +359,7 @@ class Worker:
     def _refuse_divergence(self, accepted: bool) -> None:
         """End the run when too many steps in a row were not finite."""
         if not accepted and self.arena.scalars(self.step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:
-            diverged = Diverged(self._describe_divergence())
-            diverged.agreed = True
-            raise diverged
+            raise diverged(self.seat, self.job, self.step, self._transport)
 
     def _update_scalars(self, tail: NDArray[np.float64], accepted: bool) -> None:
         """Write the next generation of the scalar state."""
@@ -375,24 +374,6 @@ class Worker:
             following[SKIPPED_IN_ROW] = 0
         else:
             following[[SKIPPED_IN_ROW, SKIPPED]] += 1
-
-    def _describe_divergence(self) -> str:
-        """Say which micro-batches and samples were not finite, and what to do."""
-        job = self.job
-        first = host_ranks(self.seat.host_sizes, self.seat.host).start
-        places = []
-        for worker, micro_batch in self.arena.bad_micro_batches():
-            start = self.step * job.batch_size + micro_batch * job.micro_batch
-            samples = job.order.indices(start, job.micro_batch)[:8]
-            places.append(
-                f"worker {first + worker}, micro-batch {micro_batch}, samples {samples.tolist()} ..."
-            )
-        where = "; ".join(places) or "the gradient, while every loss is finite"
-        return (
-            f"the loss or the gradient was not finite {MAX_SKIPPED_IN_ROW} times in a row, "
-            f"last in step {self.step} ({where}); lower optimizer.lr, set optimizer.clip_norm, or look at "
-            "those samples"
-        )
 
     def _commit(self, tail: NDArray[np.float64], times: list[float]) -> None:
         """Write the records of the step, then store the committed-step word, the last thing of all."""
