@@ -62,7 +62,7 @@ def check(tmp_path, case, code, text, workers):
 @pytest.mark.parametrize("nproc", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_local_workers_decide_alike(case, nproc, distbp, tmp_path):
-    """A poisoned sample in a file, or a huge learning rate: 79, worker and samples named, nothing bad saved."""
+    """A poisoned sample in a file, a huge learning rate: 79, worker and samples named, nothing bad saved."""
     done = distbp("run", "--nproc", nproc, SCRIPT, *arguments(tmp_path, case))
     check(tmp_path, case, done.returncode, done.stderr, nproc)
     assert result_of(tmp_path / "run")["exit_code"] == 79
