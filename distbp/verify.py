@@ -21,7 +21,8 @@ workers meet to check the state (`meet`): nobody goes back behind that checkpoin
 
 **Several hosts** hold the same state.  Before a covered state is committed the owners of a lane swap hashes
 of its checksums, so a host that differs is found before anything is saved, also if its state was flipped when
-nobody looked.  Three hosts name the odd one; of two, nobody can say which one is right.
+nobody looked.  Three hosts name the odd one; of two, nobody can say which one is right.  They compare as well
+before a run ends as diverged: parameters of one host that are not finite spoil the gradient of all.
 
 **Then** all workers of all hosts raise `Corruption` at the same place, and everybody goes back to the newest
 checkpoint (`coordinator.py`).  Nothing is repaired in place: wrong gradients may have reached every host.
@@ -129,11 +130,11 @@ class StateCheck:
 
     # In a step.
 
-    def begin(self, step: int, *, saved: bool) -> list[Part]:
-        """Return the parts in which the update of `step` has to go; `saved`: its result will be saved."""
+    def begin(self, step: int, *, covered: bool) -> list[Part]:
+        """Return the parts in which the update of `step` has to go; `covered`: its result must be."""
         self._step = step
         self._reads = self._every > 0 and self._arena.checked(step)
-        self._writes = self._every > 0 and (saved or (step + 1) % self._every == 0)
+        self._writes = self._every > 0 and (covered or (step + 1) % self._every == 0)
         return self._chunks if self._reads or self._writes else self._whole
 
     def follow(self, part: Part) -> None:

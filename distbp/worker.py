@@ -332,7 +332,8 @@ class Worker:
         arena, job, step = self.arena, self.job, self.step
         accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail[LOSS])) and bool(tail[WEIGHT] > 0)
         saved = self.after.saves_at(step + 1, save=bool(tail[SAVE] > 0), stop=bool(tail[STOP] > 0))
-        for piece in self.check.begin(step, saved=saved):
+        # Before a run is given up as diverged, hosts compare their states: one may be corrupted.
+        for piece in self.check.begin(step, covered=saved or self._diverges(accepted)):
             part = slice(piece.low, piece.high)
             current = {name: vector[part] for name, vector in arena.vectors(step).items()}
             following = {name: vector[part] for name, vector in arena.vectors(step + 1).items()}
@@ -358,8 +359,12 @@ class Worker:
 
     def _refuse_divergence(self, accepted: bool) -> None:
         """End the run when too many steps in a row were not finite."""
-        if not accepted and self.arena.scalars(self.step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:
+        if self._diverges(accepted):
             raise diverged(self.seat, self.job, self.step, self._transport)
+
+    def _diverges(self, accepted: bool) -> bool:
+        """Return whether this step is the last one that may be skipped in a row."""
+        return not accepted and bool(self.arena.scalars(self.step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW)
 
     def _update_scalars(self, tail: NDArray[np.float64], accepted: bool) -> None:
         """Write the next generation of the scalar state."""

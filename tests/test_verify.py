@@ -319,6 +319,25 @@ def test_without_a_checkpoint_the_run_ends_with_80(tmp_path):
         jobs[0].run()
 
 
+def test_a_corrupted_host_is_not_taken_for_divergence(alone, tmp_path):
+    """Parameters of one host that turn into NaN spoil every step; hosts compare before they give up."""
+    jobs, done = [], []
+
+    def spoil():
+        if not done:
+            arena = jobs[0]._arenas[1]
+            arena.vectors(arena.committed)["parameters"][5] = np.nan
+            done.append(arena.committed)
+
+    program = fit(tmp_path, 16, spoil, 1, verify_every=1000, checkpoint_every_steps=12)
+    jobs.append(ThreadsJob(program, (1, 1)))
+    results = jobs[0].run()
+    assert done == [13]
+    assert jobs[0].findings[0]["cause"] == "hosts differ"
+    assert jobs[0].findings[0]["step"] == 16
+    assert results[0]["state_sha256"] == alone["state_sha256"]
+
+
 def test_padding_does_not_survive_a_reload(tmp_path):
     """A flip between two tensors is undone as well, although no checkpoint holds what lies there."""
     jobs = []
