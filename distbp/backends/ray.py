@@ -49,6 +49,9 @@ _VERDICT_S = 5.0
 _LAST_WORDS_S = 1.0
 NODE_LOST = "node lost"
 
+_NEVER_RAN = "cancelled before it started running"
+"""Ray's words about an actor whose process could not talk to the driver."""
+
 
 class RayJob(JobKeeper):
     """A job of actors on `cluster`, `hosts[h].workers` of them on host h; `run` returns the exit code.
@@ -208,6 +211,13 @@ class RayJob(JobKeeper):
         if error is not None and not link.said_goodbye and not _is_death(error):
             # The program reports its own errors; this one is of starting an actor: a version, an import.
             text = f"worker {link.rank} could not run on host {link.host}: {_shorten(error)}"
+            self.handle(coordinator.Failed(link.rank, 78, text))
+            return
+        if _NEVER_RAN in str(error) and not link.said_goodbye:
+            text = (
+                f"Ray gave up worker {link.rank} before it ran, as it does when nodes and driver disagree "
+                "about tokens; start both with the same RAY_AUTH_MODE; distbp doctor --backend ray looks closer"
+            )
             self.handle(coordinator.Failed(link.rank, 78, text))
             return
         self.note_end(link.rank, link, "lost" if error is None else _cause(error))
