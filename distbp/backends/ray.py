@@ -216,7 +216,7 @@ class RayJob(JobKeeper):
         if _NEVER_RAN in str(error) and not link.said_goodbye:
             text = (
                 f"Ray gave up worker {link.rank} before it ran, as it does when nodes and driver disagree "
-                "about tokens; start both with the same RAY_AUTH_MODE; distbp doctor --backend ray looks closer"
+                "about tokens; start both with the same RAY_AUTH_MODE (distbp doctor --backend ray)"
             )
             self.handle(coordinator.Failed(link.rank, 78, text))
             return
