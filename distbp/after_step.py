@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from distbp import checkpoint, state
 from distbp.backends.base import Seat, host_ranks
 from distbp.evaluation import num_batches, summary, write_row
+from distbp.fault_points import FaultPoints
 from distbp.job import EVALUATE, SAMPLES, SAVING, SKIPPED, Job, epoch_ends_at, epoch_of
 from distbp.metrics.progress import Progress
 from distbp.metrics.records import Records
@@ -31,11 +32,12 @@ Array = NDArray[Any]
 class AfterStep:
     """One worker's part of what follows a step; `records`, `progress` and `saver` exist on rank 0 only."""
 
-    def __init__(self, seat: Seat, job: Job, views: list[list[Array]]) -> None:
+    def __init__(self, seat: Seat, job: Job, views: list[list[Array]], faults: FaultPoints) -> None:
         self.seat = seat
         self.job = job
         self.arena = seat.arena
         self.views = views
+        self._faults = faults
         if seat.rank == 0:
             self.records = Records(seat.admission.out)
             self.progress = Progress(job, seat)
@@ -158,6 +160,7 @@ class AfterStep:
         tensors = state.named_tensors(self.arena, self.job, step)
         self._waiting()
         self.saver.save(step, tensors, self.job.metadata | {"world": world}, self._waiting)
+        self._faults.reach(step, "save")
 
     def _waiting(self) -> None:
         """Say that this worker is not stuck: it waits for the disk."""

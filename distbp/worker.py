@@ -34,6 +34,7 @@ from distbp.arena import EMPTY, Parked
 from distbp.backends.base import Seat, host_ranks
 from distbp.errors import Diverged, EnvironmentMismatch, TransportError
 from distbp.exchange import BucketExchange, Piece, bucket_starts, cut_pieces, probe_bucket_bytes
+from distbp.fault_points import FaultPoints
 from distbp.job import (
     COMPUTE,
     CORRECT,
@@ -91,9 +92,10 @@ class Worker:
         self._buckets_done = 0
         self._starts: list[int] = []
         self._exchange: BucketExchange | None = None
+        self._faults = FaultPoints(seat.rank)
         self._build_gradient_path()
         self._build_batches()
-        self.after = AfterStep(seat, job, self._views)
+        self.after = AfterStep(seat, job, self._views, self._faults)
 
     def run(self) -> bool:
         """Train to the last step or to a requested stop, through any number of losses."""
@@ -138,6 +140,7 @@ class Worker:
     def _collect(self, parameter: Parameter, leaf: Leaf) -> None:
         """Add up one tensor; when it was the last one of a bucket, say so to the lane owners."""
         self.arena.count_unit()
+        self._faults.reach(self.step, "backward")
         self._gradient.collect(parameter.offset, parameter.shape, leaf)
         if self._buckets_done < len(self._starts) and parameter.offset == self._starts[self._buckets_done]:
             self._buckets_done += 1
@@ -177,7 +180,13 @@ class Worker:
             )
             for piece in self._pieces
         ]
-        self._exchange = BucketExchange(self.arena, reductions, transport, overlap=self.job.overlap)
+        self._exchange = BucketExchange(
+            self.arena,
+            reductions,
+            transport,
+            overlap=self.job.overlap,
+            before=lambda: self._faults.reach(self.step, "exchange"),
+        )
         if seat.local_rank == 0:
             self._tail_sum = LaneReduction(self.arena.tails, ranges[seat.host], host_ranges, transport)
 
@@ -200,6 +209,7 @@ class Worker:
             state.begin(arena, job, admission)
         self.arena.barrier.wait()
         self.step = self.arena.committed
+        self._faults.reach(self.step, "start")
         self._compare_gradients()
         if self.seat.rank == 0:
             self.after.records.cut(self.step, self.arena.done)
@@ -307,9 +317,11 @@ class Worker:
         count = self.last - self.first
         position = step * job.batch_size + self.first * job.micro_batch
         indices = job.order.indices(position, count * job.micro_batch)
+        self._faults.reach(step, "read")
         job.train.batch(indices, self._x, self._y)
         shape = (count, job.micro_batch)
         job.network.use(self._views[step & 1])
+        self._faults.reach(step, "forward")
         sums = job.network.loss_and_gradient(
             self._x.reshape(shape + self._x.shape[1:]),
             self._y.reshape(shape + self._y.shape[1:]),
@@ -321,13 +333,16 @@ class Worker:
             rows[0, SAVE] = self.after.save_is_due()
         bad = np.flatnonzero(~np.isfinite(sums.loss))
         self.arena.mark_bad(self.first + int(bad[0]) if len(bad) else -1)
+        self._faults.reach(step, "publish")
         self._tail.collect(0, (TAIL,), lambda low, high, out: np.copyto(out, rows[low:high]))
 
     def _reduce(self) -> None:
         """Add this worker's lane, then measure it while it is still in the cache."""
+        self._faults.reach(self.step, "reduce")
         if self._pieces:
             assert self._exchange is not None, "the lane was opened"
             self._exchange.finish()
+            self._faults.reach(self.step, "measure")
             for piece in self._pieces:
                 self.job.optimizer.measure(
                     self.arena.slots[0][0][piece.low : piece.high],
@@ -341,6 +356,7 @@ class Worker:
     def _update(self, tail: NDArray[np.float64]) -> None:
         """Write the next generation of the lane and, by the host's first worker, of the scalars."""
         arena, job, step = self.arena, self.job, self.step
+        self._faults.reach(step, "apply")
         accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail[LOSS])) and tail[WEIGHT] > 0
         for piece in self._pieces:
             part = slice(piece.low, piece.high)
@@ -401,6 +417,7 @@ class Worker:
     def _commit(self, tail: NDArray[np.float64], times: list[float]) -> None:
         """Write the records of the step, then store the committed-step word, the last thing of all."""
         job, step = self.job, self.step
+        self._faults.reach(step, "commit")
         if self.seat.rank == 0:
             if job.log_samples:
                 indices = job.order.indices(step * job.batch_size, job.batch_size)

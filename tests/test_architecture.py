@@ -54,7 +54,10 @@ DRAWING = (
     ("before and after a step", ("state", "after_step", "planning", "exchange")),
     ("what those share", ("backends.base", "job", "evaluation", "saver", "metrics", "worker_log")),
     ("the parts", ("nn", "optim", "data", "checkpoint", "reduce", "arena")),
-    ("what the parts stand on", ("transports", "partition", "random", "barrier", "environment", "cgroups")),
+    (
+        "what the parts stand on",
+        ("transports", "partition", "random", "barrier", "environment", "cgroups", "fault_points"),
+    ),
     ("the run description", ("config", "config_check", "config_read", "config_schema", "config_write")),
     ("the ground", ("crc", "errors")),
 )

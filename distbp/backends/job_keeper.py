@@ -13,6 +13,7 @@ What a backend adds, by deriving from `JobKeeper`: how workers are started, watc
 
 from __future__ import annotations
 
+import os
 import selectors
 import signal
 import sys
@@ -33,6 +34,7 @@ from distbp.backends.job_parts import Call, HostMemory, WorkerLink
 from distbp.backends.signal_inbox import SignalInbox
 from distbp.coordinator import decide
 from distbp.errors import DistbpError
+from distbp.fault_points import VARIABLE, parse_faults
 from distbp.run_directory import RunDirectory
 
 __all__ = ["JobKeeper"]
@@ -77,6 +79,7 @@ class JobKeeper(ABC):
         job: dict[str, Any] | None,
         admitted: tuple[RunDirectory, Admission] | None,
     ) -> None:
+        parse_faults(os.environ.get(VARIABLE, ""))  # A wrong one is refused before anything starts.
         hosts = tuple(host for host, size in enumerate(host_sizes) for _ in range(size))
         self.host_sizes = host_sizes
         self.state = coordinator.State(hosts=hosts, max_restarts=max_restarts)
@@ -106,6 +109,10 @@ class JobKeeper(ABC):
     @abstractmethod
     def check_run_directory(self, call: Call, rank: int) -> None:
         """Raise if worker `rank` cannot do its part in the run directory; called when it joins."""
+
+    def faults_for(self, rank: int) -> str:
+        """Return the faults on purpose that worker `rank` may hear of: a replacement has none."""
+        return "" if rank in self._workers else os.environ.get(VARIABLE, "")
 
     # The loop.
 

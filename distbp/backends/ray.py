@@ -129,6 +129,7 @@ class RayJob(JobKeeper):
             link.start,
             self._arguments,
             os.getcwd(),
+            self.faults_for(rank),
         )
         self._cluster.when_done(reference, lambda error: self._posts.put(lambda: self._note_end(link, error)))
         return link

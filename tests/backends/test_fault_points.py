@@ -1,0 +1,128 @@
+"""Faults on purpose: a worker is lost at every point of a step, in every way, and the bits stay the same."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from distbp.errors import ConfigError
+from distbp.fault_points import KINDS, PHASES, Fault, parse_faults
+from tests.conftest import Job, result_of
+
+STEP, STEPS = 11, 30
+OPTIONS = [
+    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", f"train.max_steps={STEPS}",
+    "-o", "train.epochs=1000", "-o", "optimizer.clip_norm=2.0", "-o", "model.hidden=[32]",
+    "-o", f"checkpoint.every_steps={STEP}",
+]  # fmt: skip
+LOCAL = [phase for phase in PHASES if phase not in ("start", "exchange", "save")]
+"""Phases that every worker of one host passes in step `STEP`."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The result of the run that nothing happens to, in one process."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = Job(["train", "digits", *OPTIONS, "--backend", "serial", "--out", out], out, None).wait()
+    assert done.returncode == 0, done.stderr
+    return result_of(out)
+
+
+def check(done, out, undisturbed, restarts):
+    """The run ended well, after so many restarts, with the bits of the undisturbed one."""
+    assert done.returncode == 0, done.stderr
+    result = result_of(out)
+    assert result["state_sha256"] == undisturbed["state_sha256"]
+    assert result["restarts"] == restarts
+    assert not [path.name for path in (out / "checkpoints").iterdir() if ".tmp-" in path.name]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", LOCAL)
+def test_a_kill_at_every_point_costs_one_step(phase, rank, undisturbed, distbp, tmp_path):
+    """Whoever dies, wherever in the step, is replaced, and the step is done again."""
+    out = tmp_path / "run"
+    fault = f"{STEP}:{phase}:{rank}:kill"
+    done = distbp("train", "digits", *OPTIONS, "--nproc", 2, "--out", out, env={"DISTBP_FAULT": fault})
+    check(done, out, undisturbed, 1)
+    assert f"E_LOST_WORKER rank={rank}" in done.stderr
+    # Worker 0 may have committed the step before the loss of worker 1 is seen.
+    assert re.search(rf"step=({STEP}|{STEP + 1}) cause=SIGKILL", done.stderr)
+
+
+def test_a_kill_while_a_save_is_in_flight(undisturbed, distbp, tmp_path):
+    """The writer of checkpoints dies with one begun: it is made again, and nothing half written is left."""
+    out = tmp_path / "run"
+    fault = f"{STEP}:save:0:kill"
+    done = distbp("train", "digits", *OPTIONS, "--nproc", 2, "--out", out, env={"DISTBP_FAULT": fault})
+    check(done, out, undisturbed, 1)
+    assert (out / "checkpoints" / f"step-{STEP:08d}").is_dir()
+
+
+@pytest.mark.parametrize(("kind", "cause"), [("exit", "exit 7"), ("segfault", "SIGSEGV")])
+def test_other_ends_are_losses_too(kind, cause, undisturbed, distbp, tmp_path):
+    """A process that ends by itself, or by a wrong address, is replaced like one that was killed."""
+    out = tmp_path / "run"
+    fault = f"{STEP}:backward:1:{kind}"
+    done = distbp("train", "digits", *OPTIONS, "--nproc", 2, "--out", out, env={"DISTBP_FAULT": fault})
+    check(done, out, undisturbed, 1)
+    assert f"cause={cause}" in done.stderr
+
+
+def test_a_stop_is_found_and_the_worker_replaced(undisturbed, distbp, tmp_path):
+    """A worker that stands still is found by its lack of progress, killed and replaced."""
+    out = tmp_path / "run"
+    fault = f"{STEP}:reduce:1:stop"
+    done = distbp("train", "digits", *OPTIONS, "--nproc", 2, "--out", out, env={"DISTBP_FAULT": fault})
+    check(done, out, undisturbed, 1)
+    assert "E_STUCK_WORKER rank=1" in done.stderr
+
+
+def test_an_exception_ends_the_job(distbp, tmp_path):
+    """User code that raises would raise again: 1, with the rank and the traceback last."""
+    fault = f"{STEP}:forward:1:raise"
+    out = tmp_path / "run"
+    done = distbp("train", "digits", *OPTIONS, "--nproc", 2, "--out", out, env={"DISTBP_FAULT": fault})
+    assert done.returncode == 1
+    assert "worker 1 raised" in done.stderr
+    assert done.stderr.rstrip().endswith("RuntimeError: DISTBP_FAULT asked for this")
+
+
+@pytest.mark.parametrize("second", ["start:0", "start:1", "start:2", "read:2", "commit:0", "commit:2"])
+def test_a_second_loss_during_recovery(second, undisturbed, distbp, tmp_path):
+    """While worker 1 is replaced, or in the step that is done again, another one is lost."""
+    out = tmp_path / "run"
+    faults = f"{STEP}:apply:1:kill,{STEP}:{second}:kill"
+    done = distbp("train", "digits", *OPTIONS, "--nproc", 3, "--out", out, env={"DISTBP_FAULT": faults})
+    # Worker 1 is lost once: its replacement passes unharmed.
+    check(done, out, undisturbed, 1 if second == "start:1" else 2)
+
+
+def test_a_job_killed_with_its_worker_is_resumed(undisturbed, distbp, tmp_path):
+    """The serial backend has nobody to replace the only worker; the same command goes on."""
+    out = tmp_path / "run"
+    command = ["train", "digits", *OPTIONS, "--backend", "serial", "--out", out]
+    done = distbp(*command, env={"DISTBP_FAULT": f"{STEP + 5}:apply:0:kill"})
+    assert done.returncode == -9
+    check(distbp(*command), out, undisturbed, 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "1:read:0", "1:sleep:0:kill", "1:read:0:maim", "-1:read:0:kill", "1:read:r:kill"]
+)
+def test_a_wrong_fault_is_refused(text, distbp, tmp_path):
+    """A variable that says nothing useful is a usage error before a worker starts."""
+    with pytest.raises(ConfigError, match="STEP:PHASE:RANK:KIND"):
+        parse_faults(text)
+    done = distbp("train", "digits", "--nproc", 2, "--out", tmp_path / "run", env={"DISTBP_FAULT": text})
+    assert done.returncode == 2
+    assert "DISTBP_FAULT" in done.stderr
+
+
+def test_several_faults_are_read():
+    """Faults are separated by commas, and every phase and kind has a name."""
+    text = ",".join(f"{step}:{phase}:0:{kind}" for step, phase in enumerate(PHASES) for kind in KINDS)
+    assert parse_faults(text) == [
+        Fault(step, phase, 0, kind) for step, phase in enumerate(PHASES) for kind in KINDS
+    ]
