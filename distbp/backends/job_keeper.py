@@ -206,6 +206,7 @@ class JobKeeper(ABC):
         step, saved = EMPTY, EMPTY
         if call is not None:
             call.joined.discard(rank)
+            self._watch.forget(rank)
             step, saved = call.memory.progress()
         cause = worker.verdict or cause
         self.handle(coordinator.Lost(rank, cause, step, saved))
