@@ -20,7 +20,6 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from distbp import checkpoint
 from distbp.backends.base import Admission, Plan
 from distbp.errors import CannotWrite, CheckpointError, ConfigError, InputMissing
 from distbp.metrics.records import append_record
+from distbp.terminal import say
 
 __all__ = ["RunDirectory", "default_name"]
 
@@ -123,7 +123,7 @@ class RunDirectory:
         try:
             append_record(self.path / "events.jsonl", {"time": time.time()} | record)
         except CannotWrite as error:
-            print(f"distbp: W_RECORD_LOST {error}", file=sys.stderr, flush=True)
+            say(f"distbp: W_RECORD_LOST {error}")
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Replace `result.json` as a whole."""
@@ -160,9 +160,8 @@ class RunDirectory:
 
     def _report_damaged(self, path: Path, reason: str) -> None:
         """Say that a checkpoint was passed over."""
-        print(
+        say(
             f"distbp: W_CHECKPOINT_DAMAGED {path.name}: {reason}; falling back to the one before",
-            file=sys.stderr,
         )
         self.event({"kind": "checkpoint", "status": "damaged", "path": str(path), "reason": reason})
 
@@ -186,9 +185,8 @@ def compare_identity(plan: Plan, metadata: dict[str, Any], path: Path) -> None:
         f"{key} was {before[key]!r}, is {now.get(key)!r}" for key in before if before[key] != now.get(key)
     ]
     if changed:
-        print(
+        say(
             "distbp: W_ENVIRONMENT_CHANGED since the checkpoint: " + "; ".join(changed) + "; bits may differ",
-            file=sys.stderr,
         )
 
 

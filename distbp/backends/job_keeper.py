@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import selectors
 import signal
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -36,6 +35,7 @@ from distbp.coordinator import decide
 from distbp.errors import DistbpError
 from distbp.fault_points import VARIABLE, parse_faults
 from distbp.run_directory import RunDirectory
+from distbp.terminal import say
 
 __all__ = ["JobKeeper"]
 
@@ -158,7 +158,7 @@ class JobKeeper(ABC):
             self._warned_at = now
             doing = "be replaced" if call.released else "call fit"
             text = f"distbp: W_WAITING for worker {missing} to {doing}, {waited:.0f} s so far"
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def _end_stuck(self) -> None:
         """End workers that make no progress: ask for their stacks first, and kill them a moment later."""
@@ -399,7 +399,7 @@ class JobKeeper(ABC):
     def event(self, name: str, **fields: Any) -> None:
         """Say one event on stderr and record it."""
         text = " ".join(f"{key}={value}" for key, value in fields.items())
-        print(f"distbp: {name} {text}", file=sys.stderr, flush=True)
+        say(f"distbp: {name} {text}")
         if self._calls:
             self._calls[-1].run.event({"kind": _KINDS[name]} | fields)
 
@@ -423,7 +423,7 @@ class JobKeeper(ABC):
         elif self._message:
             self._note_failure(code)
         if self._message:
-            print(f"distbp: {self._message}", file=sys.stderr, flush=True)
+            say(f"distbp: {self._message}")
         return code
 
     def _note_failure(self, code: int) -> None:

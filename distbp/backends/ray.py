@@ -39,6 +39,7 @@ from distbp.backends.ray_cluster import Host, RayCluster
 from distbp.backends.ray_memory import Keepers, RayMemory
 from distbp.errors import EnvironmentMismatch
 from distbp.run_directory import RunDirectory
+from distbp.terminal import say
 from distbp.transports import wire
 
 __all__ = ["RayJob"]
@@ -152,10 +153,8 @@ class RayJob(JobKeeper):
                 "share with --out"
             )
         self._unshared.add(host)
-        print(
+        say(
             f"distbp: W_NOT_SHARED host {name} does not see {out}: its workers keep no log",
-            file=sys.stderr,
-            flush=True,
         )
 
     # What happens outside of the loop is put into it.
@@ -189,7 +188,8 @@ class RayJob(JobKeeper):
             while link.connection is connection and (message := connection.receive(wait_s)) is not None:
                 if message["kind"] == "said":
                     stream = sys.stdout if message["stream"] == "stdout" else sys.stderr
-                    print(message["text"], end="", file=stream, flush=True)
+                    with suppress(OSError):  # Whoever reads is gone: not the workers' failure.
+                        print(message["text"], end="", file=stream, flush=True)
                 else:
                     self.note_message(link.rank, link, message)
         except (EOFError, OSError):

@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Any
 
 from distbp.environment import available_cores
 from distbp.errors import AuthenticationError, EnvironmentMismatch
+from distbp.terminal import say
 
 __all__ = ["Host", "Node", "RayCluster", "choose_hosts"]
 
@@ -225,9 +225,8 @@ def _make_token() -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError:
         if path.stat().st_mode & 0o077:
-            print(
+            say(
                 f"distbp: W_TOKEN_READABLE others may read Ray's token in {path}; chmod 600 {path}",
-                file=sys.stderr,
             )
         return
     except OSError as error:

@@ -20,6 +20,7 @@ from distbp.arena import Arena
 from distbp.backends.base import Plan, Seat, host_layout
 from distbp.errors import DistbpError
 from distbp.run_directory import RunDirectory
+from distbp.terminal import say
 
 __all__ = ["SerialMembership"]
 
@@ -94,7 +95,7 @@ class SerialMembership:
         if not isinstance(error, DistbpError):
             self._excepthook(kind, error, trace)
             return
-        print(f"distbp: {error}", file=sys.stderr)
+        say(f"distbp: {error}")
         atexit._run_exitfuncs()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 
 import pytest
 
 from distbp.errors import ConfigError
 from distbp.fault_points import KINDS, PHASES, Fault, parse_faults
-from tests.conftest import Job, result_of
+from tests.conftest import COMMAND, Job, result_of
 
 STEP, STEPS = 11, 30
 OPTIONS = [
@@ -106,6 +108,22 @@ def test_a_job_killed_with_its_worker_is_resumed(undisturbed, distbp, tmp_path):
     done = distbp(*command, env={"DISTBP_FAULT": f"{STEP + 5}:apply:0:kill"})
     assert done.returncode == -9
     check(distbp(*command), out, undisturbed, 0)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_reader_that_goes_away_does_not_end_the_job(nproc, undisturbed, tmp_path):
+    """`distbp train ... 2>&1 | head -1` trains to the end, also when there is something to say."""
+    out = tmp_path / "run"
+    command = [*COMMAND, "train", "digits", *OPTIONS, "--nproc", str(nproc), "--out", str(out)]
+    reader, writer = os.pipe()
+    environment = os.environ | {"DISTBP_FAULT": f"{STEP}:apply:0:kill"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=writer, stderr=writer)
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    process.wait(60)
+    assert result_of(out)["state_sha256"] == undisturbed["state_sha256"]
+    assert result_of(out)["restarts"] == 1
 
 
 @pytest.mark.parametrize(
