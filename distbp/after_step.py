@@ -16,6 +16,7 @@ from distbp import checkpoint, state
 from distbp.backends.base import Seat, host_ranks
 from distbp.errors import DistbpError
 from distbp.evaluation import num_batches, summary, write_row
+from distbp.fault_points import FaultPoints
 from distbp.job import EVALUATE, SAMPLES, SAVING, SKIPPED, Job, epoch_ends_at, epoch_of
 from distbp.metrics.progress import Progress
 from distbp.metrics.records import Records
@@ -33,12 +34,15 @@ Array = NDArray[Any]
 class AfterStep:
     """One worker's part of what follows a step; `records`, `progress` and `saver` exist on rank 0 only."""
 
-    def __init__(self, seat: Seat, job: Job, views: list[list[Array]], check: StateCheck) -> None:
+    def __init__(
+        self, seat: Seat, job: Job, views: list[list[Array]], check: StateCheck, faults: FaultPoints
+    ) -> None:
         self.seat = seat
         self.job = job
         self.arena = seat.arena
         self.views = views
         self.check = check
+        self._faults = faults
         if seat.rank == 0:
             self.records = Records(seat.admission.out)
             self.progress = Progress(job, seat)
@@ -176,9 +180,11 @@ class AfterStep:
         tensors = state.named_tensors(self.arena, self.job, step)
         self._waiting()
         metadata = self.job.metadata | {"world": world}
-        return self.saver.save(
+        saved = self.saver.save(
             step, tensors, metadata, self._waiting, lambda copies: self.check.accepts(step, copies)
         )
+        self._faults.reach(step, "save")
+        return saved
 
     def _waiting(self) -> None:
         """Say that this worker is not stuck: it waits for the disk."""

@@ -30,7 +30,6 @@ copy by all workers, each its lane: one process writes it, so it would have to b
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -42,6 +41,7 @@ from numpy.typing import NDArray
 
 from distbp import checkpoint
 from distbp.errors import CannotWrite, Diverged
+from distbp.terminal import say
 
 __all__ = ["AUTO", "ERRORS_IN_A_ROW", "Saver", "interval_s"]
 
@@ -294,4 +294,4 @@ def _refuse_broken(snapshot: checkpoint.Snapshot, pace: Pace) -> None:
 
 def _say(text: str) -> None:
     """Write one line to stderr."""
-    print(f"distbp: {text}", file=sys.stderr, flush=True)
+    say(f"distbp: {text}")

@@ -22,7 +22,6 @@ What this file does not know: how workers are started, what a model is made of, 
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -36,6 +35,7 @@ from distbp.backends.base import Seat, host_ranks
 from distbp.divergence import diverged
 from distbp.errors import TransportError
 from distbp.exchange import BucketExchange, Piece, bucket_starts, cut_pieces, probe_bucket_bytes
+from distbp.fault_points import FaultPoints
 from distbp.job import (
     COMPUTE,
     CORRECT,
@@ -62,6 +62,7 @@ from distbp.optim import norm
 from distbp.optim.chunks import new_scratch
 from distbp.partition import split_range
 from distbp.reduce import LaneReduction, MicroBatchSum
+from distbp.terminal import say
 from distbp.transports.base import Transport, TransportAborted
 from distbp.trial import compare_gradients
 from distbp.verify import Corruption, StateCheck
@@ -92,10 +93,11 @@ class Worker:
         self._buckets_done = 0
         self._starts: list[int] = []
         self._exchange: BucketExchange | None = None
+        self._faults = FaultPoints(seat.rank)
         self._build_gradient_path()
         self._build_batches()
         self.check = StateCheck(seat, job.network.layout, job.verify_every)
-        self.after = AfterStep(seat, job, self._views, self.check)
+        self.after = AfterStep(seat, job, self._views, self.check, self._faults)
 
     def run(self) -> bool:
         """Train to the last step or to a requested stop, through any number of losses."""
@@ -145,6 +147,7 @@ class Worker:
     def _collect(self, parameter: Parameter, leaf: Leaf) -> None:
         """Add up one tensor; when it was the last one of a bucket, say so to the lane owners."""
         self.arena.count_unit()
+        self._faults.reach(self.step, "backward")
         self._gradient.collect(parameter.offset, parameter.shape, leaf)
         if self._buckets_done < len(self._starts) and parameter.offset == self._starts[self._buckets_done]:
             self._buckets_done += 1
@@ -184,7 +187,13 @@ class Worker:
             )
             for piece in self._pieces
         ]
-        self._exchange = BucketExchange(self.arena, reductions, transport, overlap=self.job.overlap)
+        self._exchange = BucketExchange(
+            self.arena,
+            reductions,
+            transport,
+            overlap=self.job.overlap,
+            before=lambda: self._faults.reach(self.step, "exchange"),
+        )
         if seat.local_rank == 0:
             self._tail_sum = LaneReduction(self.arena.tails, ranges[seat.host], host_ranges, transport)
         self.check.open(self._pieces, self._starts, transport)
@@ -208,6 +217,7 @@ class Worker:
             state.begin(arena, job, admission)
         self.arena.barrier.wait()
         self.step = self.arena.committed
+        self._faults.reach(self.step, "start")
         compare_gradients(self.seat, job, self._views[self.step & 1], self._transport)
         job.network.send_gradients_to(self._collect)
         if self.seat.rank == 0:
@@ -219,7 +229,7 @@ class Worker:
     def _report_reload(self) -> None:
         """Say from which step the run goes on after its state was given up."""
         redone = max(self._lost_at - self.step, 0)
-        print(f"distbp: I_RESUMED step={self.step} steps_redone={redone}", file=sys.stderr, flush=True)
+        say(f"distbp: I_RESUMED step={self.step} steps_redone={redone}")
         self.seat.report({"kind": "restart", "step": self.step, "steps_redone": redone})
 
     # The loop.
@@ -293,9 +303,11 @@ class Worker:
         count = self.last - self.first
         position = step * job.batch_size + self.first * job.micro_batch
         indices = job.order.indices(position, count * job.micro_batch)
+        self._faults.reach(step, "read")
         job.train.batch(indices, self._x, self._y)
         shape = (count, job.micro_batch)
         job.network.use(self._views[step & 1])
+        self._faults.reach(step, "forward")
         sums = job.network.loss_and_gradient(
             self._x.reshape(shape + self._x.shape[1:]),
             self._y.reshape(shape + self._y.shape[1:]),
@@ -307,13 +319,16 @@ class Worker:
             rows[0, SAVE] = self.after.save_is_due()
         bad = np.flatnonzero(~np.isfinite(sums.loss))
         self.arena.mark_bad(self.first + int(bad[0]) if len(bad) else -1)
+        self._faults.reach(step, "publish")
         self._tail.collect(0, (TAIL,), lambda low, high, out: np.copyto(out, rows[low:high]))
 
     def _reduce(self) -> None:
         """Add this worker's lane, then measure it while it is still in the cache."""
+        self._faults.reach(self.step, "reduce")
         if self._pieces:
             assert self._exchange is not None, "the lane was opened"
             self._exchange.finish()
+            self._faults.reach(self.step, "measure")
             for piece in self._pieces:
                 self.job.optimizer.measure(
                     self.arena.slots[0][0][piece.low : piece.high],
@@ -330,6 +345,7 @@ class Worker:
         Returns the verdict on the step; a step that is not accepted copies the current generation.
         """
         arena, job, step = self.arena, self.job, self.step
+        self._faults.reach(step, "apply")
         accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail[LOSS])) and bool(tail[WEIGHT] > 0)
         saved = self.after.saves_at(step + 1, save=bool(tail[SAVE] > 0), stop=bool(tail[STOP] > 0))
         # Before a run is given up as diverged, hosts compare their states: one may be corrupted.
@@ -383,6 +399,7 @@ class Worker:
     def _commit(self, tail: NDArray[np.float64], times: list[float]) -> None:
         """Write the records of the step, then store the committed-step word, the last thing of all."""
         job, step = self.job, self.step
+        self._faults.reach(step, "commit")
         if self.seat.rank == 0:
             if job.log_samples:
                 indices = job.order.indices(step * job.batch_size, job.batch_size)

@@ -43,12 +43,15 @@ HOST_OPTIONS = [
     "-o", "data.validation_fraction=0",
 ]  # fmt: skip
 
+PIPES = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+
 
 def main():
     """Flip, and print what was found; exit with 1 if part 1 misses anything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
     parser.add_argument("--hosts", type=Path, metavar="PREFIX")
     parser.add_argument("--flavour", choices=["mpich", "openmpi"], default="mpich")
     arguments = parser.parse_args()
@@ -56,9 +59,10 @@ def main():
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="distbp-flips-") as name:
         folder = Path(name)
-        good = flip_every_step(rng, arguments.count, folder)
-        flip_with_default(rng, arguments.count, folder)
-        if arguments.hosts is not None:
+        good = 1 not in arguments.parts or flip_every_step(rng, arguments.count, folder)
+        if 2 in arguments.parts:
+            flip_with_default(rng, arguments.count, folder)
+        if 3 in arguments.parts and arguments.hosts is not None:
             good &= flip_on_hosts(rng, arguments, folder)
     return 0 if good else 1
 
@@ -188,12 +192,12 @@ def run_on_hosts(rng, arguments, cluster, options, parts, out):
         prefix=arguments.hosts,
         environment={"PYTHONPATH": str(REPOSITORY)},
     )
-    job = cluster.start(cluster.hosts[0], launch, cwd=out.parent, stderr=subprocess.PIPE, text=True)
+    job = cluster.start(cluster.hosts[0], launch, cwd=out.parent, **PIPES)
     host = rng.randrange(2)
     memory = wait_until(lambda: memory_of(out, host, parts.layout), 60)
     target = rng.randrange(1, HOST_STEPS - 110)
     wait_until(lambda: memory.committed >= target, 60)
-    flip = memory.flip(rng)
+    flip = memory.flip_in_time(rng, out)
     memory.close()
     _, text = job.communicate(timeout=120)
     return job.returncode, HostFlip(flip, host), text

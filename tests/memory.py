@@ -1,4 +1,4 @@
-"""Flips bits of the state while a job runs: finds the arena in /proc/PID/maps, writes through /proc/PID/mem.
+"""Flips bits of the state while a job runs: through /proc/PID/mem, where /proc/PID/maps names the arena.
 
 Workers are stopped for the moment of a flip, so that the step in which it falls is known.
 """
@@ -31,7 +31,7 @@ _COMMITTED, _FIRST_LINE, _LINE, _PHASE = 8 * 8, 4096, 256, 3 * 8
 
 @dataclass(frozen=True)
 class Flip:
-    """A bit that was flipped: after `step` steps, in `vector`, at `element`; the phases workers were in."""
+    """A bit that was flipped: after `step` steps, in `vector`, at `element`; the phases of workers then."""
 
     step: int
     vector: str

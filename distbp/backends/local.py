@@ -58,7 +58,9 @@ class LocalJob(JobKeeper):
 
     def start_worker(self, rank: int) -> WorkerLink:
         """Start worker `rank` as a child process."""
-        process = WorkerProcess.start(rank, self.host_sizes[0], self._threads, self._arguments)
+        process = WorkerProcess.start(
+            rank, self.host_sizes[0], self._threads, self._arguments, self.faults_for(rank)
+        )
         self.selector.register(
             process.channel, selectors.EVENT_READ, lambda: self._read_message(rank, process)
         )

@@ -25,6 +25,7 @@ from distbp.backends.corruption import describe_corruption
 from distbp.coordinator import decide
 from distbp.errors import DistbpError, error_for_code
 from distbp.run_directory import RunDirectory
+from distbp.terminal import say
 
 __all__ = ["SerialMembership"]
 
@@ -100,7 +101,7 @@ class SerialMembership:
         step, saved = self._arena.committed, self._arena.saved
         self._handle(coordinator.Corrupted(0, attempt, event.text, step, saved))
         action = f"reload({self._state.restarts_without_progress}/{self._state.max_restarts})"
-        print(f"distbp: {event.text} action={action}", file=sys.stderr, flush=True)
+        say(f"distbp: {event.text} action={action}")
         self._run.event(event.record | {"action": action})
 
     def _handle(self, event: coordinator.Event) -> None:
@@ -145,7 +146,7 @@ class SerialMembership:
         if not isinstance(error, DistbpError):
             self._excepthook(kind, error, trace)
             return
-        print(f"distbp: {error}", file=sys.stderr)
+        say(f"distbp: {error}")
         atexit._run_exitfuncs()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
