@@ -52,6 +52,8 @@ class Job:
     keep: int
     log_samples: bool
     metadata: dict[str, Any]
+    verify_every: int = 100
+    """Steps between two checks of the state in memory; 0: never."""
     overlap: bool = True
     """Whether the exchange between hosts begins while backprop goes on."""
     bucket_bytes: int | None = None

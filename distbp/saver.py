@@ -122,8 +122,12 @@ class Saver:
         tensors: Mapping[str, NDArray[Any]],
         metadata: dict[str, Any],
         waiting: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Copy the state and begin to write it; wait for a save that is still in flight (see `wait`)."""
+        accept: Callable[[Mapping[str, NDArray[Any]]], bool] = lambda copies: True,
+    ) -> bool:
+        """Copy the state and begin to write it; wait for a save that is still in flight (see `wait`).
+
+        Returns False, and nothing is written, if `accept` does not take the copies.
+        """
         self.wait(waiting)
         now = time.monotonic()
         since_last, self._begun = now - self._begun, now
@@ -131,6 +135,8 @@ class Saver:
             if name not in self._copies:
                 self._copies[name] = np.empty_like(tensor, order="C")
             np.copyto(self._copies[name], tensor)
+        if not accept(self._copies):
+            return False
         snapshot = checkpoint.Snapshot(step=step, tensors=dict(self._copies), metadata=metadata)
         # Checked once, written once, and the older ones that stay are read before any is removed.
         passes = 2 + max(self._keep - 1, 0)
@@ -143,6 +149,7 @@ class Saver:
             target=self._write, args=(snapshot, stalled), name="distbp-save", daemon=True
         )
         self._thread.start()
+        return True
 
     def wait(self, waiting: Callable[[], None] = lambda: None) -> None:
         """Return when no save is in flight; let it hurry, and call `waiting` twice a second.

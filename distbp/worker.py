@@ -6,7 +6,8 @@ One step, from `DESIGN`'s point of view and in this file's names:
     barrier
     _reduce         lane owners: tree over the slots, over the hosts; sums for norms and the verdict
     barrier         now everybody knows the sums; nobody has written yet
-    _update         lane owners: write the NEXT generation of the lane (a skipped step: copy the current one)
+    _update         lane owners: write the NEXT generation of the lane (a skipped step: copy the current one),
+                    and check what they read if this step is verified (`verify.py`)
     barrier
     _commit         the host's first worker stores the committed-step word
 
@@ -21,7 +22,7 @@ What this file does not know: how workers are started, what a model is made of, 
 
 from __future__ import annotations
 
-import hashlib
+import sys
 import time
 from typing import Any
 
@@ -30,9 +31,9 @@ from numpy.typing import NDArray
 
 from distbp import state
 from distbp.after_step import AfterStep
-from distbp.arena import EMPTY, Parked
+from distbp.arena import EMPTY, RELOAD, Parked
 from distbp.backends.base import Seat, host_ranks
-from distbp.errors import Diverged, EnvironmentMismatch, TransportError
+from distbp.errors import Diverged, TransportError
 from distbp.exchange import BucketExchange, Piece, bucket_starts, cut_pieces, probe_bucket_bytes
 from distbp.fault_points import FaultPoints
 from distbp.job import (
@@ -62,15 +63,12 @@ from distbp.optim.chunks import new_scratch
 from distbp.partition import split_range
 from distbp.reduce import LaneReduction, MicroBatchSum
 from distbp.transports.base import Transport, TransportAborted
+from distbp.trial import compare_gradients
+from distbp.verify import Corruption, StateCheck
 
 __all__ = ["Worker"]
 
 Array = NDArray[Any]
-
-SAME_SOFTWARE = (
-    "give every worker the same NumPy, BLAS kernel (OPENBLAS_CORETYPE) "
-    "and CPU features (NPY_DISABLE_CPU_FEATURES)"
-)
 
 FLOAT_BYTES = 4
 
@@ -89,13 +87,16 @@ class Worker:
         self.first, self.last = split_range(job.micro_batches, seat.size, seat.rank)
         self.durations: list[float] = []
         self.step = 0
+        self._lost_at = 0
+        self._result: dict[str, Any] = {}
         self._buckets_done = 0
         self._starts: list[int] = []
         self._exchange: BucketExchange | None = None
         self._faults = FaultPoints(seat.rank)
         self._build_gradient_path()
         self._build_batches()
-        self.after = AfterStep(seat, job, self._views, self._faults)
+        self.check = StateCheck(seat, job.network.layout, job.verify_every)
+        self.after = AfterStep(seat, job, self._views, self.check, self._faults)
 
     def run(self) -> bool:
         """Train to the last step or to a requested stop, through any number of losses."""
@@ -110,6 +111,11 @@ class Worker:
                     self._prepare()
                     stopped = self._train()
             except (Parked, TransportAborted):
+                continue
+            except Corruption as found:
+                self._lost_at = self.step
+                self.after.settle()
+                self.seat.corrupted(attempt, found.finding)
                 continue
             except TransportError:
                 if not self.seat.replaces_lost:
@@ -189,6 +195,7 @@ class Worker:
         )
         if seat.local_rank == 0:
             self._tail_sum = LaneReduction(self.arena.tails, ranges[seat.host], host_ranges, transport)
+        self.check.open(self._pieces, self._starts, transport)
 
     def _build_batches(self) -> None:
         """Allocate the arrays that batches are read into."""
@@ -210,46 +217,19 @@ class Worker:
         self.arena.barrier.wait()
         self.step = self.arena.committed
         self._faults.reach(self.step, "start")
-        self._compare_gradients()
+        compare_gradients(self.seat, job, self._views[self.step & 1], self._transport)
+        job.network.send_gradients_to(self._collect)
         if self.seat.rank == 0:
+            if arena.source == RELOAD:
+                self._report_reload()
             self.after.records.cut(self.step, self.arena.done)
             self.after.progress.begin(self.step)
 
-    def _compare_gradients(self) -> None:
-        """Compute micro-batch 0 of step 0 on every worker and compare the gradients' hashes."""
-        arena, job = self.arena, self.job
-        vector = arena.slots[self.seat.local_rank][0]
-        trial = MicroBatchSum(0, 1, [vector])
-        indices = job.order.indices(0, job.micro_batch)
-        x, y = job.train.batch(indices)
-        job.network.use(self._views[self.step & 1])
-        job.network.send_gradients_to(lambda p, leaf: trial.collect(p.offset, p.shape, leaf))
-        job.network.loss_and_gradient(x[None], y[None], Context(True, job.seed, 0, 0))
-        job.network.send_gradients_to(self._collect)
-        digest = hashlib.sha256(vector.tobytes()).digest()
-        arena.digest(self.seat.local_rank)[:] = np.frombuffer(digest, np.uint8)
-        arena.barrier.wait()
-        digests = [bytes(arena.digest(worker)) for worker in range(arena.layout.workers)]
-        odd = [worker for worker, other in enumerate(digests) if other != digests[0]]
-        if odd:
-            first = arena.barrier.first_rank
-            raise EnvironmentMismatch(
-                f"workers {[first + worker for worker in odd]} and worker {first} of the same host compute "
-                f"different bits for the same micro-batch; {SAME_SOFTWARE}"
-            )
-        if self._transport is not None and self.seat.local_rank == 0:
-            self._compare_hosts(self._transport, np.frombuffer(digests[0], np.uint8))
-        arena.barrier.wait()
-
-    def _compare_hosts(self, transport: Transport, digest: NDArray[np.uint8]) -> None:
-        """Compare this host's hash with those of the others."""
-        digests = np.empty((transport.size, len(digest)), np.uint8)
-        transport.allgather(digest.copy(), list(digests))
-        odd = [host for host, other in enumerate(digests) if bytes(other) != bytes(digests[0])]
-        if odd:
-            raise EnvironmentMismatch(
-                f"hosts {odd} compute other bits than host 0 for the same micro-batch; {SAME_SOFTWARE}"
-            )
+    def _report_reload(self) -> None:
+        """Say from which step the run goes on after its state was given up."""
+        redone = max(self._lost_at - self.step, 0)
+        print(f"distbp: I_RESUMED step={self.step} steps_redone={redone}", file=sys.stderr, flush=True)
+        self.seat.report({"kind": "restart", "step": self.step, "steps_redone": redone})
 
     # The loop.
 
@@ -265,6 +245,9 @@ class Worker:
                 self._set_deadlines(SLOW_DEADLINE_S)
                 self.after.finish(self.step, save=save, stop=stop, transport=self._transport)
             if stop or self.step >= job.total_steps:
+                self._result = (
+                    self.after.result(self.step, stop, self.durations) if self.seat.rank == 0 else {}
+                )
                 self._meet_everybody()
                 return stop
             begun = time.perf_counter()
@@ -281,7 +264,10 @@ class Worker:
 
     def _meet_everybody(self) -> None:
         """Wait for every worker of every host: nobody may leave while another could still need it."""
+        self.check.look_back(self.step)
+        self.check.agree()
         self.arena.barrier.wait()
+        self.check.conclude()
         if self._transport is not None and self.seat.local_rank == 0:
             self._transport.barrier()
         self.arena.barrier.wait()
@@ -301,8 +287,10 @@ class Worker:
         times.append(time.perf_counter())
         arena.progress(UPDATE)
         tail = arena.tails[0][0].copy()
-        self._update(tail)
+        accepted = self._update(tail)
         barrier.wait()
+        self.check.conclude()
+        self._refuse_divergence(accepted)
         times.append(time.perf_counter())
         self._commit(tail, times)
         self._flags[:] = tail[STOP], tail[SAVE]
@@ -353,12 +341,16 @@ class Worker:
         if self.seat.local_rank == 0:
             self._tail_sum.run()
 
-    def _update(self, tail: NDArray[np.float64]) -> None:
-        """Write the next generation of the lane and, by the host's first worker, of the scalars."""
+    def _update(self, tail: NDArray[np.float64]) -> bool:
+        """Write the next generation of the lane and, by the host's first worker, of the scalars.
+
+        Returns the verdict on the step; a step that is not accepted copies the current generation.
+        """
         arena, job, step = self.arena, self.job, self.step
         self._faults.reach(step, "apply")
-        accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail[LOSS])) and tail[WEIGHT] > 0
-        for piece in self._pieces:
+        accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail[LOSS])) and bool(tail[WEIGHT] > 0)
+        saved = self.after.saves_at(step + 1, save=bool(tail[SAVE] > 0), stop=bool(tail[STOP] > 0))
+        for piece in self.check.begin(step, saved=saved):
             part = slice(piece.low, piece.high)
             current = {name: vector[part] for name, vector in arena.vectors(step).items()}
             following = {name: vector[part] for name, vector in arena.vectors(step + 1).items()}
@@ -375,9 +367,16 @@ class Worker:
             else:
                 for name, vector in following.items():
                     np.copyto(vector, current[name])
+            self.check.follow(piece)
         if self.seat.local_rank == 0:
             self._update_scalars(tail, accepted)
-        if not accepted and arena.scalars(step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:
+            self.check.follow_scalars()
+        self.check.agree()
+        return accepted
+
+    def _refuse_divergence(self, accepted: bool) -> None:
+        """End the run when too many steps in a row were not finite."""
+        if not accepted and self.arena.scalars(self.step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:
             diverged = Diverged(self._describe_divergence())
             diverged.agreed = True
             raise diverged
@@ -424,11 +423,12 @@ class Worker:
                 self.after.records.samples(step, indices.tolist())
             self.after.progress.step(step + 1, tail, times, self.after.records)
         if self.seat.local_rank == 0:
+            self.check.commit()
             self.arena.committed = step + 1
 
-    def result(self, stopped: bool) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Return what rank 0 reports about the run."""
-        return self.after.result(self.step, stopped, self.durations)
+        return self._result
 
     def close(self) -> None:
         """Finish what is in flight and give back the arena; idempotent."""

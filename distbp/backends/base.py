@@ -84,9 +84,10 @@ class Seat:
     `host_sizes[h]` counts the workers of host h; workers are numbered host by host.  `gate` waits parked and
     returns the attempt; `connect(attempt)` opens this worker's transport, None if it owns no lane or there is
     one host; `report` sends a record to whoever keeps the job; `broken` says that a connection of this
-    attempt failed while nobody is known to be dead.  With `patience_s` a wait in a step ends with
-    `WorkerLost` after that long, or after 5 times the slowest recent step if that is longer.  Where nobody
-    `replaces_lost` workers or hosts, their loss ends the run.
+    attempt failed while nobody is known to be dead; `corrupted`, called by every worker, that the state was
+    found to be corrupted in this attempt (`verify.Corruption.finding`), and it may end the job.  With
+    `patience_s` a wait in a step ends with `WorkerLost` after that long, or after 5 times the slowest recent
+    step if that is longer.  Where nobody `replaces_lost` workers or hosts, their loss ends the run.
     """
 
     rank: int
@@ -97,6 +98,7 @@ class Seat:
     connect: Callable[[int], Transport | None]
     report: Callable[[dict[str, Any]], None]
     broken: Callable[[int], None] = lambda attempt: None
+    corrupted: Callable[[int, dict[str, Any]], None] = lambda attempt, finding: None
     patience_s: float | None = None
     replaces_lost: bool = True
 

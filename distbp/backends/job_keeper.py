@@ -27,7 +27,8 @@ import msgspec
 
 from distbp import coordinator
 from distbp.arena import EMPTY
-from distbp.backends.base import Admission, Plan, compare_plans
+from distbp.backends.base import Admission, Plan, compare_plans, host_ranks
+from distbp.backends.corruption import describe_corruption
 from distbp.backends.hang_watch import HangWatch
 from distbp.backends.job_parts import Call, HostMemory, WorkerLink
 from distbp.backends.signal_inbox import SignalInbox
@@ -228,11 +229,12 @@ class JobKeeper(ABC):
         kind = message["kind"]
         if kind == "join":
             self._join(rank, worker, message)
-        elif kind in ("parked", "broken"):
+        elif kind in ("parked", "broken", "corrupt"):
             self._note_attempt(rank, worker, message)
         elif kind == "finished":
             self._finish(message["call"], message["result"])
         elif kind == "event":
+            self._steps_redone += message["record"].get("steps_redone", 0)
             self._calls[-1].run.event(message["record"])
         elif kind == "stop":
             self._request_stop(message["signal"])
@@ -328,8 +330,21 @@ class JobKeeper(ABC):
             self._tell_result(worker, message["call"])
         elif message["kind"] == "parked":
             self.handle(coordinator.Parked(rank, message["attempt"]))
+        elif message["kind"] == "corrupt":
+            self._note_corruption(call, rank, message)
         else:
             self.handle(coordinator.Broken(rank, message["attempt"], *call.memory.progress()))
+
+    def _note_corruption(self, call: Call, rank: int, message: dict[str, Any]) -> None:
+        """Let everybody go back to the newest checkpoint; all ask for it, and the first one counts."""
+        firsts = [host_ranks(self.host_sizes, host).start for host in range(len(self.host_sizes))]
+        event = describe_corruption(message["finding"], [self._workers[first].host for first in firsts])
+        before = self.state.attempt
+        self.handle(coordinator.Corrupted(rank, message["attempt"], event.text, *call.memory.progress()))
+        if self.state.attempt != before:
+            action = f"reload({self.state.restarts_without_progress}/{self.state.max_restarts})"
+            say(f"distbp: {event.text} action={action}")
+            call.run.event(event.record | {"action": action})
 
     def _finish(self, number: int, result: dict[str, Any]) -> None:
         """Record the result of a call and hand it to every worker that took part."""
