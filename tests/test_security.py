@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from tests.audit import Watch
@@ -90,3 +92,36 @@ def test_only_the_owner_may_enter_a_run(distbp, tmp_path):
     assert not wrong
     names = {path.name for path in modes}
     assert {"config.toml", "lock", "result.json", "events.jsonl", "samples.log", "rank-00001.log"} <= names
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "samples.log", "result.json.new", "logs/rank-00000.log"])
+def test_a_link_in_a_run_directory_leads_nowhere(name, distbp, tmp_path):
+    """What somebody has put there as a symbolic link is not written through, to whatever file it leads."""
+    victim, out = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("precious")
+    (out / "logs").mkdir(parents=True)
+    (out / name).symlink_to(victim)
+    distbp("train", "digits", *OPTIONS, "--backend", "serial", "-o", "train.max_steps=60", "--out", out)
+    assert victim.read_text() == "precious"
+
+
+def test_a_local_job_opens_no_port(start, tmp_path):
+    """Neither the launching process nor a worker of the local backend has a network socket."""
+    job = start("train", "digits", *OPTIONS, "--nproc", 2, "--out", tmp_path / "run")
+    wait_until(lambda: (tmp_path / "run" / "samples.log").exists())
+    processes = [psutil.Process(job.pid), *job.workers().values()]
+    assert len(processes) == 3
+    assert [process.net_connections("inet") for process in processes] == [[], [], []]
+    job.kill()
+
+
+def test_the_document_names_tests_that_exist():
+    """Each row of what SECURITY.md says is protected names tests, and they exist."""
+    table = (REPOSITORY / "SECURITY.md").read_text().partition("\n## What is not\n")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "shown by" not in line]
+    assert len(rows) > 5
+    for row in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row)
+        assert tests, row
+        for file, function in tests:
+            assert f"def {function}(" in (REPOSITORY / file).read_text(), f"{file}::{function}"
