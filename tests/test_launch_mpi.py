@@ -364,7 +364,7 @@ def test_a_loss_starts_the_same_command_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [1, 213, 255])
 def test_a_launcher_that_does_not_reach_its_hosts_again_is_a_loss(code: int, tmp_path: Path) -> None:
-    """A launcher that fails without a word is tried again where the run has begun before, and not at first."""
+    """A launcher that fails without a word is tried again if the run has begun before, and not at first."""
     stand_in = StandIn(tmp_path, 69, code, code, 0)
     assert stand_in.train("--restarts", "3").returncode == 0
     assert len(stand_in.calls()) == 4
