@@ -52,7 +52,12 @@ def measure(network, arguments, data, folder):
     for number in range(arguments.rounds):
         for backend in arguments.backends:
             out = folder / f"{network}-{backend}-{number}"
-            subprocess.run(command(backend, network, arguments.steps, data, out), check=True, cwd=folder, capture_output=True)
+            subprocess.run(
+                command(backend, network, arguments.steps, data, out),
+                check=True,
+                cwd=folder,
+                capture_output=True,
+            )
             result = json.loads((out / "result.json").read_text())
             times[backend].append(result["step_ms_median"])
             hashes.add(result["parameters_sha256"])

@@ -29,7 +29,10 @@ Array = NDArray[Any]
 
 
 class AfterStep:
-    """One worker's part of what follows a step; `records`, `progress` and `saver` exist on rank 0 only."""
+    """One worker's part of what follows a step; `records`, `progress` and `saver` exist on rank 0 only.
+
+    `views` are those of the parameters that are evaluated, for both generations.
+    """
 
     def __init__(self, seat: Seat, job: Job, views: list[list[Array]]) -> None:
         self.seat = seat

@@ -17,7 +17,18 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-__all__ = ["Checkpoint", "Config", "Data", "Loss", "Model", "Optimizer", "Run", "Schedule", "Train"]
+__all__ = [
+    "OPTIONS_OF",
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Loss",
+    "Model",
+    "Optimizer",
+    "Run",
+    "Schedule",
+    "Train",
+]
 
 # Upper limits are far above any sensible run; they exist so that a slip such as 10^9 layers is refused at
 # once and not found by the memory allocator.
@@ -102,13 +113,42 @@ class Loss(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the mean gradient changes the parameters."""
 
-    name: Annotated[Literal["sgd"], Meta(description="update rule")] = "sgd"
-    lr: Annotated[Positive, Meta(description="learning rate at the peak of the schedule")] = 0.1
-    momentum: Annotated[BelowOne, Meta(description="share of the last velocity that is kept; 0: none")] = 0.9
-    nesterov: Annotated[bool, Meta(description="look ahead along the velocity; needs momentum")] = False
+    name: Annotated[
+        Literal["auto", "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd"],
+        Meta(description="update rule; auto: adamw for the transformer, else sgd"),
+    ] = "auto"
+    lr: Annotated[
+        Positive | None,
+        Meta(description="learning rate at the peak of the schedule; none: the update rule's own"),
+    ] = None
+    momentum: Annotated[
+        BelowOne | None, Meta(description="share of the last velocity that is kept; 0: none")
+    ] = None
+    nesterov: Annotated[bool, Meta(description="sgd: look ahead along the velocity; needs momentum")] = False
     weight_decay: Annotated[
-        NotNegative, Meta(description="factor of the parameters added to the gradient")
-    ] = 0.0
+        NotNegative | None,
+        Meta(description="factor by which the parameters pull towards 0; how is a matter of the update rule"),
+    ] = None
+    beta1: Annotated[
+        BelowOne | None, Meta(description="share of the old mean gradient that is kept (adam and its kin)")
+    ] = None
+    beta2: Annotated[
+        BelowOne | None, Meta(description="share of the old mean square (lion: momentum) that is kept")
+    ] = None
+    epsilon: Annotated[
+        Positive | None, Meta(description="added to what is divided by, so that it is never 0")
+    ] = None
+    trust: Annotated[
+        Positive | None,
+        Meta(description="lars: learning rate of a tensor, in units of its norm by its gradient's"),
+    ] = None
+    average: Annotated[
+        BelowOne | None,
+        Meta(
+            description="share kept by a moving average of the parameters, which then validates and "
+            "predicts; none: no average"
+        ),
+    ] = None
     clip_norm: Annotated[
         Positive | None,
         Meta(
@@ -116,6 +156,19 @@ class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "numbers, no limit for classes"
         ),
     ] = None
+
+
+OPTIONS_OF = {
+    "adagrad": ("epsilon", "weight_decay"),
+    "adam": ("beta1", "beta2", "epsilon", "weight_decay"),
+    "adamw": ("beta1", "beta2", "epsilon", "weight_decay"),
+    "lamb": ("beta1", "beta2", "epsilon", "weight_decay"),
+    "lars": ("momentum", "trust", "weight_decay"),
+    "lion": ("beta1", "beta2", "weight_decay"),
+    "rmsprop": ("beta2", "epsilon", "momentum", "weight_decay"),
+    "sgd": ("momentum", "nesterov", "weight_decay"),
+}
+"""Update rule -> the keys of `[optimizer]` that mean something to it, besides lr, clip_norm and average."""
 
 
 class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,6 +181,18 @@ class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     warmup_steps: Annotated[
         CountOrZero, Meta(description="steps during which the learning rate rises linearly to lr")
     ] = 0
+    warmup_epochs: Annotated[
+        NotNegative | None,
+        Meta(description="the same in epochs, in place of steps; none: 5 with linear scaling"),
+    ] = None
+    scaling: Annotated[
+        Literal["none", "linear"],
+        Meta(
+            description="linear: lr is meant for scaling_batch samples and grows with batch_size; the "
+            "warm-up then begins at lr"
+        ),
+    ] = "none"
+    scaling_batch: Annotated[Count, Meta(description="scaling: batch size for which lr is right")] = 64
     step_size: Annotated[Count, Meta(description="step: number of steps between two reductions")] = 1000
     gamma: Annotated[float, Meta(gt=0, le=1, description="step: factor of each reduction")] = 0.1
     final_fraction: Annotated[

@@ -13,6 +13,7 @@ import numpy as np
 from distbp.data import ArrayDataset
 from distbp.errors import ConfigError, DataError
 from distbp.nn import Layer, Network
+from distbp.optim import Averaged
 
 __all__ = ["check_data", "check_metadata", "describe_layer", "describe_options", "too_many_workers"]
 
@@ -74,6 +75,8 @@ def describe_layer(layer: Layer) -> str:
 def describe_options(part: object) -> dict[str, Any]:
     """Return kind and public options of a loss, an optimizer or a schedule as JSON values."""
     described: dict[str, Any] = json.loads(json.dumps({"kind": type(part).__name__} | _options(part)))
+    if isinstance(part, Averaged):
+        described["inner"] = describe_options(part.inner)
     return described
 
 

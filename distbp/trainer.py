@@ -83,8 +83,8 @@ class Trainer:
 
     `loss` is "cross_entropy", "mean_squared_error" or a `Loss`; `batch_size` is global, whatever the number
     of workers; `micro_batch` (default: batch_size / k, k at most 8) is the unit of work and of sameness, and
-    bounds the workers.  `lr` is the rate of the default cosine schedule; `schedule` replaces both.  `threads`
-    are BLAS threads of each worker, part of what decides about bits.
+    bounds the workers.  `lr` is the rate of the default cosine schedule (None: that of the optimizer);
+    `schedule` replaces both.  `threads` are BLAS threads of each worker, part of what decides about bits.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Trainer:
         *,
         loss: str | Loss = "cross_entropy",
         optimizer: Optimizer | None = None,
-        lr: float = 0.1,
+        lr: float | None = None,
         schedule: Schedule | None = None,
         clip_norm: float | None = None,
         batch_size: int = 64,
@@ -104,7 +104,8 @@ class Trainer:
         self.model = model
         self.loss = build_loss(loss) if isinstance(loss, str) else loss
         self.optimizer = SGD() if optimizer is None else optimizer
-        self.schedule = Schedule(lr=lr) if schedule is None else schedule
+        peak = self.optimizer.default_lr if lr is None else lr
+        self.schedule = Schedule(lr=peak) if schedule is None else schedule
         self.clip_norm = clip_norm
         self.batch_size = batch_size
         usable = isinstance(batch_size, int) and batch_size > 0
@@ -255,7 +256,7 @@ class Trainer:
             total_steps=steps_of(epochs, len(train), self.batch_size, max_steps),
             size=network.layout.size,
             vectors=("parameters", *self.optimizer.vectors),
-            sums=len(norm.blocks(network.layout.borders())),
+            sums=len(norm.blocks(network.layout.borders())) * (1 + self.optimizer.num_sums),
             evaluation_rows=0 if validation is None else evaluation.num_batches(validation),
             tail=TAIL,
             scalars=SCALARS,
@@ -303,10 +304,13 @@ class Trainer:
         return self
 
     def take(self, network: Network, snapshot: checkpoint.Snapshot) -> None:
-        """Copy the parameters of `snapshot` into a vector for `network`; `ConfigError` if they do not fit."""
+        """Copy the parameters of `snapshot` into a vector for `network`; `ConfigError` if they do not fit.
+
+        Where the optimizer keeps an average of them, it is the average that is taken.
+        """
         vector = np.zeros(network.layout.size, np.float32)
         for name, view in zip(network.layout.names, network.views(vector), strict=True):
-            held = snapshot.tensors.get(f"parameters/{name}")
+            held = snapshot.tensors.get(f"{self.optimizer.evaluated}/{name}")
             if held is None or held.shape != view.shape:
                 got = "nothing" if held is None else f"shape {held.shape}"
                 raise ConfigError(
@@ -332,7 +336,7 @@ class Trainer:
                     result = finished.result
                     break
             self.network = job.network
-            self.parameters = seat.arena.vectors(result["steps"])["parameters"]
+            self.parameters = seat.arena.vectors(result["steps"])[self.optimizer.evaluated]
         finally:
             worker.close()
         return _history(result)

@@ -6,7 +6,8 @@ One step, from `DESIGN`'s point of view and in this file's names:
     barrier
     _reduce         lane owners: tree over the slots, over the hosts; sums for norms and the verdict
     barrier         now everybody knows the sums; nobody has written yet
-    _update         lane owners: write the NEXT generation of the lane (a skipped step: copy the current one)
+    _update         lane owners: write the NEXT generation of the lane (a skipped step: copy the current one);
+                    an optimizer with sums of its own writes them first, and everybody meets once more
     barrier
     _commit         the host's first worker stores the committed-step word
 
@@ -54,9 +55,9 @@ from distbp.job import (
     Job,
     epoch_ends_at,
 )
+from distbp.lane import Lane
 from distbp.nn import Context, Leaf, Parameter
 from distbp.optim import norm
-from distbp.optim.chunks import new_scratch
 from distbp.partition import split_range
 from distbp.reduce import LaneReduction, MicroBatchSum
 from distbp.transports.base import Transport, TransportAborted
@@ -92,7 +93,7 @@ class Worker:
         self._exchange: BucketExchange | None = None
         self._build_gradient_path()
         self._build_batches()
-        self.after = AfterStep(seat, job, self._views)
+        self.after = AfterStep(seat, job, self._views_of(job.optimizer.evaluated))
 
     def run(self) -> bool:
         """Train to the last step or to a requested stop, through any number of losses."""
@@ -131,8 +132,12 @@ class Worker:
         self._gradient = MicroBatchSum(self.first, self.last, self.arena.slots[local])
         self._tail = MicroBatchSum(self.first, self.last, self.arena.tails[local])
         self._tail_rows = np.zeros((self.last - self.first, TAIL))
-        self._views = [job.network.views(self.arena.vectors(step)["parameters"]) for step in (0, 1)]
+        self._views = self._views_of("parameters")
         job.network.send_gradients_to(self._collect)
+
+    def _views_of(self, vector: str) -> list[list[Array]]:
+        """Return the views of every tensor in a state vector, for both generations."""
+        return [self.job.network.views(self.arena.vectors(step)[vector]) for step in (0, 1)]
 
     def _collect(self, parameter: Parameter, leaf: Leaf) -> None:
         """Add up one tensor; when it was the last one of a bucket, say so to the lane owners."""
@@ -145,7 +150,7 @@ class Worker:
         """Find this worker's lane: in every bucket a run of the fixed blocks over which norms are summed."""
         layout, seat, arena = self.job.network.layout, self.seat, self.arena
         borders = layout.borders()
-        self._blocks = norm.blocks(borders)
+        blocks = norm.blocks(borders)
         self._starts = [0]
         if len(seat.host_sizes) > 1:
             if transport is not None and seat.local_rank == 0:
@@ -154,8 +159,8 @@ class Worker:
             self._starts = bucket_starts(borders, arena.bucket_bytes // FLOAT_BYTES)
         self._pieces: list[Piece] = []
         if seat.local_rank < seat.lanes:
-            self._pieces = cut_pieces(self._blocks, layout.size, self._starts, seat.lanes, seat.local_rank)
-        self._scratch = new_scratch(self.job.optimizer.scratch_rows)
+            self._pieces = cut_pieces(blocks, layout.size, self._starts, seat.lanes, seat.local_rank)
+        self._lane = Lane(arena, self.job, self._pieces, blocks)
 
     def _open_lane(self, transport: Transport | None) -> None:
         """Lay out the reduction of this worker's lane, and of the tail for the host's first worker."""
@@ -330,37 +335,21 @@ class Worker:
         if self._pieces:
             assert self._exchange is not None, "the lane was opened"
             self._exchange.finish()
-            for piece in self._pieces:
-                self.job.optimizer.measure(
-                    self.arena.slots[0][0][piece.low : piece.high],
-                    self._blocks[piece.first : piece.last],
-                    self.arena.sums[piece.first : piece.last],
-                    offset=piece.low,
-                )
+            self._lane.measure()
         if self.seat.local_rank == 0:
             self._tail_sum.run()
 
     def _update(self, tail: NDArray[np.float64]) -> None:
         """Write the next generation of the lane and, by the host's first worker, of the scalars."""
-        arena, job, step = self.arena, self.job, self.step
-        accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail[LOSS])) and tail[WEIGHT] > 0
-        for piece in self._pieces:
-            part = slice(piece.low, piece.high)
-            current = {name: vector[part] for name, vector in arena.vectors(step).items()}
-            following = {name: vector[part] for name, vector in arena.vectors(step + 1).items()}
-            if accepted:
-                weight = float(tail[WEIGHT])
-                job.optimizer.apply(
-                    arena.slots[0][0][part],
-                    scale=norm.clip_factor(arena.sums, weight, job.clip_norm) / weight,
-                    lr=job.schedule(step),
-                    current=current,
-                    following=following,
-                    scratch=self._scratch,
-                )
-            else:
-                for name, vector in following.items():
-                    np.copyto(vector, current[name])
+        arena, step = self.arena, self.step
+        accepted = self._lane.is_finite() and bool(np.isfinite(tail[LOSS])) and tail[WEIGHT] > 0
+        if not accepted:
+            self._lane.copy(step)
+        else:
+            if self.job.optimizer.num_sums:
+                self._lane.prepare(step, tail)
+                arena.barrier.wait()  # Now everybody knows these sums, too.
+            self._lane.apply(step, tail)
         if self.seat.local_rank == 0:
             self._update_scalars(tail, accepted)
         if not accepted and arena.scalars(step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:

@@ -35,7 +35,7 @@ DRAWING = (
         "who starts workers, who decides, and what a worker does",
         ("backends", "coordinator", "worker", "run_directory"),
     ),
-    ("before and after a step", ("state", "after_step", "planning", "exchange")),
+    ("before and after a step", ("state", "after_step", "planning", "exchange", "lane")),
     ("what those share", ("backends.base", "job", "evaluation", "saver", "metrics", "worker_log")),
     ("the parts", ("nn", "optim", "data", "checkpoint", "reduce", "arena")),
     ("what the parts stand on", ("transports", "partition", "random", "barrier", "environment", "cgroups")),

@@ -7,6 +7,7 @@ it.  The configuration and the preprocessing travel in the same file, so a messa
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,21 @@ import numpy as np
 
 from distbp import config as configuration
 from distbp.config import Config
+from distbp.config_check import conflicts
+from distbp.config_schema import OPTIONS_OF
 from distbp.data import ArrayDataset, Prepared, Preprocessing, Sources, attach, load, pack, prepare
 from distbp.errors import ConfigError
 from distbp.metrics.banner import banner
 from distbp.nn import Loss, build_loss, build_model
-from distbp.optim import OPTIMIZERS, Schedule
+from distbp.optim import OPTIMIZERS, Averaged, Optimizer, Schedule
 from distbp.trainer import History, Trainer
 
 __all__ = [
     "PackedJob",
+    "build_optimizer",
+    "build_schedule",
     "build_trainer",
+    "completed",
     "fit",
     "fit_job",
     "load_data",
@@ -42,6 +48,9 @@ The gradient of a squared error grows with the error, unlike that of cross entro
 the problems in tests/test_regression_defaults.py diverge or end far off at the default learning rate with an
 mlp.  Rejected: a lower learning rate for numbers.  At 0.01 features with outliers still diverged.
 """
+
+WARMUP_EPOCHS = 5
+"""Epochs of it with `schedule.scaling = "linear"` where nothing else was said (P. Goyal et al., 2017)."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,35 @@ def load_data(config: Config) -> Prepared:
     )
 
 
+def completed(config: Config, prepared: Prepared) -> Config:
+    """Return the configuration with every value that the data decide where none was given.
+
+    Raises ConfigError if something that was given does not fit what was decided.
+    """
+    config = with_task_defaults(config, prepared.preprocessing)
+    schedule = config.schedule
+    epochs = schedule.warmup_epochs
+    if epochs is None and schedule.scaling == "linear" and not schedule.warmup_steps:
+        epochs = WARMUP_EPOCHS
+    if epochs is not None:
+        steps = math.ceil(epochs * len(prepared.train) / config.train.batch_size)
+        schedule = msgspec.structs.replace(schedule, warmup_epochs=None, warmup_steps=steps)
+    return msgspec.structs.replace(config, schedule=schedule)
+
+
 def with_task_defaults(config: Config, preprocessing: Preprocessing) -> Config:
     """Return the configuration with the values that the task decides where none was given."""
-    if preprocessing.task == "classification" or config.optimizer.clip_norm is not None:
-        return config
-    optimizer = msgspec.structs.replace(config.optimizer, clip_norm=CLIP_NORM_FOR_NUMBERS)
-    return msgspec.structs.replace(config, optimizer=optimizer)
+    optimizer = config.optimizer
+    if optimizer.name == "auto":
+        optimizer = msgspec.structs.replace(optimizer, name="sgd")
+    if optimizer.lr is None:
+        optimizer = msgspec.structs.replace(optimizer, lr=OPTIMIZERS[optimizer.name].default_lr)
+    if optimizer.clip_norm is None and preprocessing.task != "classification":
+        optimizer = msgspec.structs.replace(optimizer, clip_norm=CLIP_NORM_FOR_NUMBERS)
+    decided = msgspec.structs.replace(config, optimizer=optimizer)
+    for (key, *_), message in conflicts(decided):
+        raise ConfigError(f"{key}: {message}")
+    return decided
 
 
 def build_trainer(config: Config, preprocessing: Preprocessing) -> Trainer:
@@ -84,19 +116,36 @@ def build_trainer(config: Config, preprocessing: Preprocessing) -> Trainer:
         hidden=config.model.hidden,
         activation=config.model.activation,
     )
-    options = msgspec.structs.asdict(config.optimizer)
-    lr, clip_norm = options.pop("lr"), options.pop("clip_norm")
     return Trainer(
         model,
         loss=_loss(config, preprocessing),
-        optimizer=OPTIMIZERS[options.pop("name")](**options),
-        schedule=Schedule(lr=lr, **msgspec.structs.asdict(config.schedule)),
-        clip_norm=clip_norm,
+        optimizer=build_optimizer(config),
+        schedule=build_schedule(config),
+        clip_norm=config.optimizer.clip_norm,
         batch_size=config.train.batch_size,
         micro_batch=config.train.micro_batch,
         seed=config.seed,
         threads=config.run.threads,
     )
+
+
+def build_optimizer(config: Config) -> Optimizer:
+    """Return the optimizer; options that were not given are its own."""
+    settings = config.optimizer
+    given = {option: getattr(settings, option) for option in OPTIONS_OF[settings.name]}
+    options = {option: value for option, value in given.items() if value is not None}
+    optimizer = OPTIMIZERS[settings.name](**options)
+    return optimizer if settings.average is None else Averaged(optimizer, decay=settings.average)
+
+
+def build_schedule(config: Config) -> Schedule:
+    """Return the schedule, its rate scaled with the batch size where that is asked for."""
+    options = msgspec.structs.asdict(config.schedule) | {"lr": config.optimizer.lr}
+    scaling, scaling_batch = options.pop("scaling"), options.pop("scaling_batch")
+    del options["warmup_epochs"]  # `completed` made steps of them.
+    if scaling == "none":
+        return Schedule(**options)
+    return Schedule.scaled(batch_size=config.train.batch_size, scaling_batch=scaling_batch, **options)
 
 
 def run_name(config: Config) -> str:
