@@ -138,7 +138,8 @@ class AfterStep:
         if transport is not None and seat.local_rank == 0:
             self._gather_rows(transport, count)
         arena.barrier.wait()
-        return summary(tree_total(rows[:count, :3]), len(job.validation), job.network.loss.kind)
+        loss = job.network.loss
+        return summary(tree_total(rows[:count, :3]), loss.answers * len(job.validation), loss.kind)
 
     def _gather_rows(self, transport: Transport, count: int) -> None:
         """Swap the rows of this host for those of the others."""

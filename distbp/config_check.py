@@ -253,7 +253,7 @@ def conflicts(config: Config) -> list[tuple[tuple[str, ...], str]]:
     if config.schedule.warmup_epochs is not None and config.schedule.warmup_steps:
         message = f"expected steps or epochs, got both, {config.schedule.warmup_steps} steps and these"
         found.append((("schedule.warmup_epochs", "schedule.warmup_steps"), message))
-    hidden = config.model.hidden
+    hidden = config.model.hidden or ()
     num_parameters = sum(rows * columns for rows, columns in pairwise(hidden))
     if num_parameters > _PARAMETER_LIMIT:
         message = f"expected at most {_PARAMETER_LIMIT} weights between hidden layers, got {num_parameters}"

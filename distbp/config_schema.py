@@ -66,9 +66,12 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         BelowOne, Meta(description="share of the samples kept for validation; 0: no validation")
     ] = 0.1
     split: Annotated[
-        Literal["random", "tail"],
-        Meta(description="which samples are kept for validation: drawn by the seed, or the last ones"),
-    ] = "random"
+        Literal["auto", "random", "tail"],
+        Meta(
+            description="which samples are kept for validation: drawn by the seed, or the last ones; auto: "
+            "the last ones of a text, else drawn"
+        ),
+    ] = "auto"
     normalize: Annotated[
         Literal["auto", "none", "global", "feature"],
         Meta(
@@ -76,19 +79,42 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "images; numbers to predict are normalised too, except with none"
         ),
     ] = "auto"
+    level: Annotated[
+        Literal["byte", "char"], Meta(description="text: what a token is, a character or a byte")
+    ] = "char"
+    context: Annotated[Width, Meta(description="text: tokens in a sample, which the model sees at once")] = 64
+    stride: Annotated[
+        Width | None,
+        Meta(description="text: tokens between the beginnings of two samples; none: as many as in a sample"),
+    ] = None
 
 
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The function that is trained."""
 
-    name: Annotated[Literal["linear", "mlp"], Meta(description="architecture")] = "mlp"
+    name: Annotated[
+        Literal["auto", "linear", "mlp", "transformer"],
+        Meta(description="architecture; auto: transformer for text, else mlp"),
+    ] = "auto"
     hidden: Annotated[
-        tuple[Width, ...], Meta(max_length=_LAYER_LIMIT, description="widths of the hidden layers of an mlp")
-    ] = (256, 128)
+        Annotated[tuple[Width, ...], Meta(max_length=_LAYER_LIMIT)] | None,
+        Meta(description="widths of the hidden layers of an mlp; none: 256, 128"),
+    ] = None
     activation: Annotated[
-        Literal["gelu", "leaky_relu", "relu", "sigmoid", "tanh"],
-        Meta(description="function between the layers"),
-    ] = "relu"
+        Literal["gelu", "leaky_relu", "relu", "sigmoid", "tanh"] | None,
+        Meta(description="function between the layers of an mlp; none: relu"),
+    ] = None
+    layers: Annotated[
+        Annotated[int, Meta(ge=1, le=_LAYER_LIMIT)] | None,
+        Meta(description="transformer: number of blocks; none: 4"),
+    ] = None
+    heads: Annotated[
+        Annotated[int, Meta(ge=1, le=_LAYER_LIMIT)] | None,
+        Meta(description="transformer: heads of attention in each block; none: 4"),
+    ] = None
+    width: Annotated[
+        Width | None, Meta(description="transformer: numbers for each token, a multiple of heads; none: 128")
+    ] = None
 
 
 class Loss(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

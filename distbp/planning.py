@@ -10,12 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from distbp.data import ArrayDataset
+from distbp.data import ArrayDataset, Rows
 from distbp.errors import ConfigError, DataError
 from distbp.nn import Layer, Network
 from distbp.optim import Averaged
 
-__all__ = ["check_data", "check_metadata", "describe_layer", "describe_options", "too_many_workers"]
+__all__ = [
+    "check_data",
+    "check_kind_of_samples",
+    "check_metadata",
+    "describe_layer",
+    "describe_options",
+    "too_many_workers",
+]
 
 
 def check_data(network: Network, train: ArrayDataset, validation: ArrayDataset | None) -> None:
@@ -35,13 +42,37 @@ def check_data(network: Network, train: ArrayDataset, validation: ArrayDataset |
         if data.x.shape[1:] != shape:
             got = data.x.shape[1:]
             raise DataError(f"the {name} data have samples of shape {got}, expected {shape}, as in training")
-    classes = network.output_shape[-1]
     for name, data in (("training", train), ("validation", validation)):
-        if data is not None and wanted is np.int64 and not 0 <= data.y.min() <= data.y.max() < classes:
-            row = int(np.flatnonzero((data.y < 0) | (data.y >= classes))[0])
-            raise DataError(
-                f"the {name} data have label {data.y[row]} in sample {row}, expected 0 to {classes - 1}"
-            )
+        if data is not None and wanted is np.int64:
+            _check_classes(name, data, network.output_shape)
+
+
+def check_kind_of_samples(model: Layer, data: ArrayDataset) -> None:
+    """Refuse numbers where the model wants codes, and codes where it wants numbers."""
+    if (data.x.dtype.kind == "i") != model.takes_codes:
+        wanted, got = ("integer codes", "numbers") if model.takes_codes else ("numbers", "codes")
+        raise ConfigError(
+            f"the model takes {wanted}, the samples are {got}; a model for codes begins with an Embedding, "
+            "and model.name = 'transformer' is one"
+        )
+
+
+def _check_classes(name: str, data: ArrayDataset, output_shape: tuple[int, ...]) -> None:
+    """Refuse labels that are not one for each answer of the model, or are no class numbers."""
+    *places, classes = output_shape
+    if data.y.shape[1:] != tuple(places):
+        raise ConfigError(
+            f"the model puts out {output_shape} for a sample, so it wants classes of shape {tuple(places)}; "
+            f"those of the {name} data have shape {data.y.shape[1:]}; a Flatten before the last layers makes "
+            "one answer of many"
+        )
+    if isinstance(data.y, Rows):  # Its reader has checked what it makes.
+        return
+    if not 0 <= data.y.min() <= data.y.max() < classes:
+        row = int(np.argwhere((data.y < 0) | (data.y >= classes))[0, 0])
+        raise DataError(
+            f"the {name} data have label {data.y[row]} in sample {row}, expected 0 to {classes - 1}"
+        )
 
 
 def check_metadata(metadata: dict[str, Any] | None) -> None:

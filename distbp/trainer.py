@@ -23,7 +23,7 @@ from distbp import checkpoint, evaluation
 from distbp.arena import Parked
 from distbp.backends.base import CallFinished, Membership, Plan, Seat
 from distbp.backends.launcher import claim
-from distbp.data import ArrayDataset, Order, fingerprint
+from distbp.data import ArrayDataset, Order, Rows, fingerprint
 from distbp.environment import describe_environment, limit_threads
 from distbp.errors import ConfigError, DataError, DistbpError, InputMissing, Stopped
 from distbp.job import SCALARS, TAIL, Job
@@ -33,6 +33,7 @@ from distbp.optim import SGD, Optimizer, Schedule, norm
 from distbp.partition import default_micro_batch
 from distbp.planning import (
     check_data,
+    check_kind_of_samples,
     check_metadata,
     describe_layer,
     describe_options,
@@ -154,8 +155,8 @@ class Trainer:
         `Stopped` when the run was asked to stop (its state is saved).
         """
         members = membership() if members is None else members
-        train_data = _dataset(train)
-        validation = None if val is None else _dataset(val)
+        train_data = self._dataset(train)
+        validation = None if val is None else self._dataset(val)
         limits = limit_threads(self.threads)
         try:
             plan = self.plan(
@@ -283,14 +284,18 @@ class Trainer:
 
     def evaluate(self, data: Data) -> dict[str, float | None]:
         """Return `{"loss", "accuracy"}` of the trained model over `data`; every worker computes it alone."""
-        dataset = _dataset(data)
-        return evaluation.evaluate(self._ready(dataset), dataset)
+        dataset = self._dataset(data)
+        return evaluation.evaluate(self._ready_for(dataset), dataset)
 
-    def predict(self, x: Array) -> Array:
+    def predict(self, x: Array | Rows) -> Array:
         """Return the outputs of the trained model, shape (N, *output_shape): logits for classes."""
-        samples = np.ascontiguousarray(x, np.float32)
+        samples: Array | Rows = x if isinstance(x, Rows) else np.ascontiguousarray(x, self._sample_type())
         dataset = ArrayDataset(samples, np.zeros(len(samples), np.int64))
-        return np.concatenate(list(evaluation.predict(self._ready(dataset), dataset)))
+        return np.concatenate(list(evaluation.predict(self._ready_for(dataset), dataset)))
+
+    def _sample_type(self) -> type:
+        """Return the type of samples that the model takes."""
+        return np.int64 if self.model.takes_codes else np.float32
 
     def load(self, path: str | Path) -> Trainer:
         """Take the parameters of a checkpoint, or of the newest one of a run; returns itself.
@@ -346,19 +351,51 @@ class Trainer:
         self.load(result["out"])
         return _history(result)
 
-    def _ready(self, dataset: ArrayDataset) -> Network:
+    def ready(self) -> Network:
         """Return the network with the trained parameters in place."""
         if self.network is None or self.parameters is None:
             raise ConfigError("nothing is trained yet; call fit, or load a checkpoint with Trainer.load")
-        if dataset.x.shape[1:] != self.network.input_shape:
-            raise DataError(
-                f"the model takes samples of shape {self.network.input_shape}, got {dataset.x.shape[1:]}"
-            )
         self.network.use(self.network.views(self.parameters))
         return self.network
 
+    def _ready_for(self, dataset: ArrayDataset) -> Network:
+        """Return the network with the trained parameters in place; DataError if it takes other samples."""
+        network = self.ready()
+        if dataset.x.shape[1:] != network.input_shape:
+            raise DataError(
+                f"the model takes samples of shape {network.input_shape}, got {dataset.x.shape[1:]}"
+            )
+        return network
+
+    def _dataset(self, data: Data) -> ArrayDataset:
+        """Return `data` as a data set: samples float32, or codes where the model takes codes.
+
+        Targets are int64 classes, (N,) or (N, *places), or float32 numbers (N, O).
+        """
+        if isinstance(data, ArrayDataset):
+            return data
+        x, y = (np.asarray(part) for part in data)
+        if len(x) != len(y):
+            raise DataError(f"expected as many targets as samples, got {len(x)} samples and {len(y)} targets")
+        if y.dtype.kind in "iub":
+            targets: Array = np.ascontiguousarray(y, np.int64)
+        else:
+            columns = y.shape[1] if y.ndim > 1 else 1
+            targets = np.ascontiguousarray(y.reshape(len(y), columns), np.float32)
+        if self.model.takes_codes and x.dtype.kind not in "iu":
+            raise DataError(f"expected integer codes, which the model takes, got samples of type {x.dtype}")
+        samples: Array = np.ascontiguousarray(x, self._sample_type())
+        for name, part in (("x", samples), ("y", targets)):
+            if part.dtype.kind == "f" and not np.isfinite(part).all():
+                row = int(np.flatnonzero(~np.isfinite(part.reshape(len(part), -1)).all(axis=1))[0])
+                raise DataError(
+                    f"{name} holds a value that is not finite, first in sample {row}; clean the data"
+                )
+        return ArrayDataset(samples, targets)
+
     def _build(self, data: ArrayDataset) -> Network:
         """Build the network for samples like those of `data`."""
+        check_kind_of_samples(self.model, data)
         return Network(self.model, data.x.shape[1:], self.loss)
 
 
@@ -394,23 +431,3 @@ def _history(result: dict[str, Any]) -> History:
         result=result,
         out=out,
     )
-
-
-def _dataset(data: Data) -> ArrayDataset:
-    """Return `data` as a data set: float32 samples; int64 classes or float32 numbers (N, O) as targets."""
-    if isinstance(data, ArrayDataset):
-        return data
-    x, y = (np.asarray(part) for part in data)
-    if len(x) != len(y):
-        raise DataError(f"expected as many targets as samples, got {len(x)} samples and {len(y)} targets")
-    if y.dtype.kind in "iub":
-        targets: Array = np.ascontiguousarray(y, np.int64)
-    else:
-        columns = y.shape[1] if y.ndim > 1 else 1
-        targets = np.ascontiguousarray(y.reshape(len(y), columns), np.float32)
-    samples = np.ascontiguousarray(x, np.float32)
-    for name, part in (("x", samples), ("y", targets)):
-        if part.dtype.kind == "f" and not np.isfinite(part).all():
-            row = int(np.flatnonzero(~np.isfinite(part.reshape(len(part), -1)).all(axis=1))[0])
-            raise DataError(f"{name} holds a value that is not finite, first in sample {row}; clean the data")
-    return ArrayDataset(samples, targets)

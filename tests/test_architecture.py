@@ -36,7 +36,10 @@ DRAWING = (
         ("backends", "coordinator", "worker", "run_directory"),
     ),
     ("before and after a step", ("state", "after_step", "planning", "exchange", "lane")),
-    ("what those share", ("backends.base", "job", "evaluation", "saver", "metrics", "worker_log")),
+    (
+        "what those share",
+        ("backends.base", "job", "evaluation", "generation", "saver", "metrics", "worker_log"),
+    ),
     ("the parts", ("nn", "optim", "data", "checkpoint", "reduce", "arena")),
     ("what the parts stand on", ("transports", "partition", "random", "barrier", "environment", "cgroups")),
     ("the run description", ("config", "config_check", "config_read", "config_schema", "config_write")),

@@ -366,7 +366,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
         tree["loss"] = {"name": "mean_squared_error"}
     elif not any(loss.get("class_weights") or [1]):
         del loss["class_weights"]
-    if len(tree.get("model", {}).get("hidden", [])) > 1:
+    if len(tree.get("model", {}).get("hidden") or []) > 1:
         tree["model"]["hidden"] = [1 + width % 10_000 for width in tree["model"]["hidden"]]
     return tree
 

@@ -20,7 +20,18 @@ from distbp import config as configuration
 from distbp.config import Config
 from distbp.config_check import conflicts
 from distbp.config_schema import OPTIONS_OF
-from distbp.data import ArrayDataset, Prepared, Preprocessing, Sources, attach, load, pack, prepare
+from distbp.data import (
+    Options,
+    Prepared,
+    Preprocessing,
+    Sources,
+    attach,
+    load,
+    pack,
+    pack_datasets,
+    prepare,
+    unpack_datasets,
+)
 from distbp.errors import ConfigError
 from distbp.metrics.banner import banner
 from distbp.nn import Loss, build_loss, build_model
@@ -63,15 +74,17 @@ class PackedJob:
 
 def load_data(config: Config) -> Prepared:
     """Read, check, split and normalise the data that the configuration names."""
-    sources = load(config.data.path, target=config.data.target)
-    if config.data.validation is not None:
-        other = load(config.data.validation, target=config.data.target, schema=sources.train.schema)
+    data = config.data
+    options = Options(context=data.context, level=data.level, stride=data.stride)
+    sources = load(data.path, target=data.target, options=options)
+    if data.validation is not None:
+        other = load(data.validation, target=data.target, schema=sources.train.schema)
         sources = Sources(sources.train, other.train)
     return prepare(
         sources,
-        validation_fraction=config.data.validation_fraction,
-        split=config.data.split,
-        normalize=config.data.normalize,
+        validation_fraction=data.validation_fraction,
+        split=data.split,
+        normalize=data.normalize,
         seed=config.seed,
     )
 
@@ -94,28 +107,32 @@ def completed(config: Config, prepared: Prepared) -> Config:
 
 def with_task_defaults(config: Config, preprocessing: Preprocessing) -> Config:
     """Return the configuration with the values that the task decides where none was given."""
-    optimizer = config.optimizer
+    model, optimizer = config.model, config.optimizer
+    if model.name == "auto":
+        model = msgspec.structs.replace(model, name=natural_model(preprocessing))
     if optimizer.name == "auto":
-        optimizer = msgspec.structs.replace(optimizer, name="sgd")
+        chosen = "adamw" if model.name == "transformer" else "sgd"
+        optimizer = msgspec.structs.replace(optimizer, name=chosen)
     if optimizer.lr is None:
         optimizer = msgspec.structs.replace(optimizer, lr=OPTIMIZERS[optimizer.name].default_lr)
     if optimizer.clip_norm is None and preprocessing.task != "classification":
         optimizer = msgspec.structs.replace(optimizer, clip_norm=CLIP_NORM_FOR_NUMBERS)
-    decided = msgspec.structs.replace(config, optimizer=optimizer)
+    decided = msgspec.structs.replace(config, model=model, optimizer=optimizer)
     for (key, *_), message in conflicts(decided):
         raise ConfigError(f"{key}: {message}")
     return decided
 
 
+def natural_model(preprocessing: Preprocessing) -> str:
+    """Return the name of the model that fits the data where none was named."""
+    return "transformer" if preprocessing.schema.get("codes") else "mlp"
+
+
 def build_trainer(config: Config, preprocessing: Preprocessing) -> Trainer:
     """Return the trainer that the configuration describes, for data like those that were prepared."""
     config = with_task_defaults(config, preprocessing)
-    model = build_model(
-        config.model.name,
-        outputs=preprocessing.num_outputs,
-        hidden=config.model.hidden,
-        activation=config.model.activation,
-    )
+    options = msgspec.structs.asdict(config.model)
+    model = build_model(options.pop("name"), outputs=preprocessing.num_outputs, **options)
     return Trainer(
         model,
         loss=_loss(config, preprocessing),
@@ -149,9 +166,9 @@ def build_schedule(config: Config) -> Schedule:
 
 
 def run_name(config: Config) -> str:
-    """Return `<data>-<model>`, the first part of a run's default name."""
+    """Return `<data>-<model>`, the first part of a run's default name; only `<data>` before it is decided."""
     stem = Path(config.data.path).name.split(".")[0] or "data"
-    return f"{stem}-{config.model.name}"
+    return stem if config.model.name == "auto" else f"{stem}-{config.model.name}"
 
 
 def fit_options(config: Config, preprocessing: Preprocessing, out: str | None) -> dict[str, Any]:
@@ -191,11 +208,9 @@ def pack_job(config: Config, prepared: Prepared, out: str) -> PackedJob:
         "preprocessing": prepared.preprocessing.to_dict(),
         "out": out,
     }
-    arrays: dict[str, Any] = {"job": np.frombuffer(json.dumps(settings).encode(), np.uint8)}
-    for name, part in (("train", prepared.train), ("validation", prepared.validation)):
-        if part is not None:
-            arrays |= {f"{name}_x": part.x, f"{name}_y": part.y}
-    descriptor, description = pack(arrays)
+    arrays, described = pack_datasets({"train": prepared.train, "validation": prepared.validation})
+    content = json.dumps(settings | {"datasets": described}).encode()
+    descriptor, description = pack({"job": np.frombuffer(content, np.uint8), **arrays})
     return PackedJob({"kind": "job", "data": description}, descriptor)
 
 
@@ -205,12 +220,9 @@ def fit_job(message: dict[str, Any], descriptor: int) -> History:
     os.close(descriptor)
     settings = json.loads(arrays["job"].tobytes())
     config = configuration.from_dict(settings["config"])
-    parts = [
-        ArrayDataset(arrays[f"{name}_x"], arrays[f"{name}_y"]) if f"{name}_x" in arrays else None
-        for name in ("train", "validation")
-    ]
-    assert parts[0] is not None, "a job without training data"
-    prepared = Prepared(parts[0], parts[1], Preprocessing.from_dict(settings["preprocessing"]))
+    datasets = unpack_datasets(arrays, settings["datasets"])
+    preprocessing = Preprocessing.from_dict(settings["preprocessing"])
+    prepared = Prepared(datasets["train"], datasets.get("validation"), preprocessing)
     return fit(config, prepared, settings["out"])
 
 

@@ -1,9 +1,11 @@
 """`distbp predict`: the answers of a trained model for new data, as a file.
 
-    FILE.npy   classes: int64 (N,), the class names where all are whole numbers, else their codes;
+    FILE.npy   classes: int64 (N,), the class names where all are whole numbers, else their codes, or
+               (N, T) for texts: what is expected after each of T places;
                numbers: float32 (N,), or (N, outputs) where there are several
     FILE.csv   classes: `prediction` (the name) and `p_<class>` for each class;
-               numbers: `prediction`, or `prediction_0`, `prediction_1`, ...
+               numbers: `prediction`, or `prediction_0`, `prediction_1`, ...;
+               texts: for each place what is expected next, in `sample`, `position`, `prediction`, `p`
 
 Numbers are in the unit of the targets in training: the model's outputs are brought back to it in float64 and
 rounded once, to float32, which is how targets are read.
@@ -22,7 +24,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +112,7 @@ def _as_npy(outputs: Array, preprocessing: Preprocessing) -> bytes:
     if names is None:
         values = (outputs[:, 0] if outputs.shape[1] == 1 else outputs).astype(np.float32)
     else:
-        values = np.argmax(outputs, axis=1).astype(np.int64)
+        values = np.argmax(outputs, axis=-1).astype(np.int64)
         if all(map(_is_int64, names)):
             values = np.array([int(name) for name in names], np.int64)[values]
     stream = io.BytesIO()
@@ -137,6 +139,8 @@ def _as_csv(outputs: Array, preprocessing: Preprocessing) -> bytes:
         many = outputs.shape[1] > 1
         rows.append([f"prediction_{column}" if many else "prediction" for column in range(outputs.shape[1])])
         rows += [[f"{value:.9g}" for value in row] for row in outputs.astype(np.float32).tolist()]
+    elif outputs.ndim == 3:
+        rows += _rows_of_places(outputs, names)
     else:
         rows.append(["prediction", *(f"p_{name}" for name in names)])
         chosen = np.argmax(outputs, axis=1).tolist()
@@ -145,6 +149,18 @@ def _as_csv(outputs: Array, preprocessing: Preprocessing) -> bytes:
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(rows)
     return stream.getvalue().encode()
+
+
+def _rows_of_places(outputs: Array, names: tuple[str, ...]) -> Iterator[list[str]]:
+    """Yield the rows for `outputs` (N, T, C): one for each place of each sample, with the likeliest class."""
+    import numpy as np
+
+    yield ["sample", "position", "prediction", "p"]
+    for sample, logits in enumerate(outputs):
+        chosen = np.argmax(logits, axis=1).tolist()
+        likely = _probabilities(logits).max(axis=1).tolist()
+        for position, (code, p) in enumerate(zip(chosen, likely, strict=True)):
+            yield [str(sample), str(position), names[code], f"{p:.9g}"]
 
 
 def _probabilities(logits: Array) -> Array:

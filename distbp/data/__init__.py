@@ -4,13 +4,15 @@
 there; the tests of the contract then run over it by themselves.
 """
 
-from distbp.data.base import Dataset, Request, Source, Sources
+from distbp.data.base import Dataset, Options, Request, Source, Sources
 from distbp.data.fingerprint import fingerprint
 from distbp.data.load import BUILT_INS, SOURCES, load
 from distbp.data.memory import ArrayDataset
 from distbp.data.order import Order, permute
-from distbp.data.prepare import Prepared, prepare
+from distbp.data.parts import pack_datasets, unpack_datasets
+from distbp.data.prepare import Prepared, prepare, treated
 from distbp.data.preprocessing import Preprocessing
+from distbp.data.rows import Rows
 from distbp.data.shared import attach, pack
 from distbp.data.split import split
 
@@ -19,17 +21,22 @@ __all__ = [
     "SOURCES",
     "ArrayDataset",
     "Dataset",
+    "Options",
     "Order",
     "Prepared",
     "Preprocessing",
     "Request",
+    "Rows",
     "Source",
     "Sources",
     "attach",
     "fingerprint",
     "load",
     "pack",
+    "pack_datasets",
     "permute",
     "prepare",
     "split",
+    "treated",
+    "unpack_datasets",
 ]

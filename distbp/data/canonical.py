@@ -84,12 +84,13 @@ def check_validation_labels(train: Source, validation: Source) -> None:
         )
     if train.task != "classification":
         return
-    unknown = np.flatnonzero(~np.isin(validation.y, np.unique(train.y)))
+    labels = validation.y[:]
+    unknown = np.flatnonzero(~np.isin(labels, np.unique(train.y[:])))
     if unknown.size:
         row = int(unknown[0])
         raise DataError(
             f"{validation.name}: sample {row}: expected a label that {train.name} has, got "
-            f"{int(validation.y[row])}; {unknown.size} samples have labels that training never shows"
+            f"{int(labels[row])}; {unknown.size} samples have labels that training never shows"
         )
 
 

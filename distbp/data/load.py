@@ -10,8 +10,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from distbp.data import arrays, idx, table
-from distbp.data.base import Format, Request, Schema, Sources
+from distbp.data import arrays, idx, table, text
+from distbp.data.base import Format, Options, Request, Schema, Sources
 from distbp.data.digits import read_digits
 from distbp.errors import ConfigError, DataError, InputMissing
 
@@ -22,23 +22,29 @@ SOURCES: dict[str, Format] = {
     "idx": Format("IDX files as MNIST has them (also .gz)", idx.matches, idx.read),
     "arrays": Format("NumPy arrays x and y (.npz, or x.npy and y.npy)", arrays.matches, arrays.read),
     "table": Format("tables with a header line (.csv, .tsv)", table.matches, table.read),
+    "text": Format("texts for language models (.txt)", text.matches, text.read),
 }
 
 BUILT_INS: dict[str, Callable[[Request], Sources]] = {"digits": read_digits}
 
 
 def load(
-    path: str, *, target: str | None = None, schema: Schema | None = None, labelled: bool = True
+    path: str,
+    *,
+    target: str | None = None,
+    schema: Schema | None = None,
+    labelled: bool = True,
+    options: Options | None = None,
 ) -> Sources:
     """Return the data set at `path`: a file, a directory, or a built-in name (`./digits` is the file).
 
     `target` is the column of a table that holds the labels.  With `schema`, another file is read as the
     training data were: same columns, categories, classes.  With `labelled=False` labels are neither needed
-    nor read.
+    nor read.  `options` decides what the format leaves open.
 
     Raises InputMissing if nothing is there, DataError if it cannot be used, ConfigError if `target` is wrong.
     """
-    request = Request(Path(path), target, schema, labelled)
+    request = Request(Path(path), target, schema, labelled, options or Options())
     if path in BUILT_INS:
         _refuse_target(request)
         return BUILT_INS[path](request)

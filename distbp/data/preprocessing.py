@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.data.base import Schema, Source, Task
+from distbp.data.rows import Column
 from distbp.errors import ConfigError, DataError
 
 __all__ = ["MODES", "Preprocessing", "learn"]
@@ -58,15 +59,15 @@ class Preprocessing:
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
 
-    def apply(self, x: NDArray[Any], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Return samples `x` (N, *sample_shape) as the model sees them: float32, new or in `out`.
+    def apply(self, x: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return samples `x` (N, *sample_shape) as the model sees them: float32 or codes, new or in `out`.
 
         The arithmetic is float32 where that holds every input exactly, else float64, rounded once.  Raises
         DataError if the samples have another shape.
         """
         if x.shape[1:] != self.sample_shape:
             raise DataError(f"expected samples of shape {self.sample_shape}, got {x.shape[1:]}")
-        result = np.empty(x.shape, np.float32) if out is None else out
+        result = np.empty(x.shape, self.sample_type) if out is None else out
         for start, stop in _blocks(len(x), self.sample_shape):
             result[start:stop] = self._apply_block(x[start:stop])
         return result
@@ -92,6 +93,16 @@ class Preprocessing:
         """Return the same as JSON-able values; floats survive JSON exactly (shortest round-trip form)."""
         fields = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @property
+    def sample_type(self) -> type:
+        """The type of samples as the model sees them: int64 for codes, else float32."""
+        return np.int64 if self.schema.get("codes") else np.float32
+
+    @property
+    def target_type(self) -> type:
+        """The type of targets as the loss sees them: int64 for classes, else float32."""
+        return np.int64 if self.task == "classification" else np.float32
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
@@ -138,10 +149,10 @@ class Preprocessing:
                 f"for {self.num_outputs} outputs"
             )
 
-    def _apply_block(self, x: NDArray[Any]) -> NDArray[np.float32]:
+    def _apply_block(self, x: NDArray[Any]) -> NDArray[Any]:
         """Return one block of samples as the model sees it."""
         if self.mode == "none":
-            return x.astype(np.float32)
+            return x.astype(self.sample_type)
         exact = x.dtype == np.float32 or (x.dtype.kind in "iu" and x.dtype.itemsize <= 2)
         work = np.float32 if exact else np.float64
         shape = () if self.mode == "global" else self.sample_shape
@@ -163,6 +174,12 @@ def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "au
     if normalize not in MODES:
         raise ConfigError(f"data.normalize: expected one of {', '.join(MODES)}, got {normalize!r}")
     sample_shape = source.x.shape[1:]
+    if source.schema.get("codes"):
+        if normalize not in ("auto", "none"):
+            raise ConfigError(
+                f"data.normalize: samples of {source.name} are codes, expected none, got {normalize!r}"
+            )
+        normalize = "none"
     mode = normalize if normalize != "auto" else ("global" if len(sample_shape) >= 2 else "feature")
     mean: NDArray[np.float64] = np.empty(0)
     std: NDArray[np.float64] = np.empty(0)
@@ -187,7 +204,7 @@ def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "au
 
 
 def _statistics(
-    x: NDArray[Any], indices: NDArray[np.int64], *, over_everything: bool
+    x: Column, indices: NDArray[np.int64], *, over_everything: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return mean and standard deviation of the chosen rows of `x`, each (1,) or (number of features,)."""
     num_features = math.prod(x.shape[1:])
@@ -216,7 +233,7 @@ def _statistics(
     return mean, std
 
 
-def _rows(x: NDArray[Any], indices: NDArray[np.int64]) -> Iterator[NDArray[np.float64]]:
+def _rows(x: Column, indices: NDArray[np.int64]) -> Iterator[NDArray[np.float64]]:
     """Yield the chosen samples as new float64 (rows, number of features), block by block."""
     for start, stop in _blocks(len(indices), x.shape[1:]):
         yield x[indices[start:stop]].reshape(stop - start, -1).astype(np.float64)

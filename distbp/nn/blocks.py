@@ -20,6 +20,11 @@ class Sequential(Layer):
     def __init__(self, *layers: Layer) -> None:
         self.layers = layers
 
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the first layer takes codes."""
+        return bool(self.layers) and self.layers[0].takes_codes
+
     def build(self, input_shape: Shape) -> Shape:
         """Build each layer for the output of the one before, and find out which of them need a dx.
 
@@ -112,7 +117,14 @@ class Parallel(Layer):
     def __init__(self, *branches: Layer) -> None:
         if not branches:
             raise ConfigError("Parallel: expected at least one branch, got none")
+        if len({branch.takes_codes for branch in branches}) > 1:
+            raise ConfigError("Parallel: expected branches that all take codes, or all numbers, got both")
         self.branches = branches
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the branches take codes."""
+        return self.branches[0].takes_codes
 
     def build(self, input_shape: Shape) -> Shape:
         """Build the branches; ConfigError if their outputs differ in more than the last axis."""

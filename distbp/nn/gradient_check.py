@@ -100,7 +100,8 @@ def check_gradient(
 ) -> Report:
     """Compare what `network` returns as gradients with what its loss does.
 
-    `x` (G, b, *input_shape) and `y` are a few stacked micro-batches; floats are taken as float64.  The
+    `x` (G, b, *input_shape) and `y` are a few stacked micro-batches; floats are taken as float64, and codes
+    (integers) have no derivative, so that there is no report on them.  The
     parameters start as `seed` says and are moved off that start, so that zero biases are tested elsewhere
     than at zero.  Afterwards the network has the values and the sink that it had before.
     """
@@ -126,7 +127,8 @@ def _check_tensors(network: Network, x: Array, y: Array, seed: int, directions: 
     vector = np.empty(network.layout.size)
     network.initialise(vector, seed)
     vector += 0.1 * random.normal(vector.size, seed, "gradient check: start")
-    values = [x.astype(np.float64), *network.views(vector)]
+    has_dx = x.dtype.kind == "f"
+    values = [x.astype(np.float64) if has_dx else x, *network.views(vector)]
     gradients = _all_gradients(network, values, target, context)
 
     def loss_at(moved: list[Array]) -> NDArray[np.float64]:
@@ -135,6 +137,8 @@ def _check_tensors(network: Network, x: Array, y: Array, seed: int, directions: 
 
     reports = []
     for index, name in enumerate(["input", *network.layout.names]):
+        if index == 0 and not has_dx:
+            continue
         found = []
         for number in range(directions):
             direction = random.normal(values[index].size, seed, f"gradient check: {name}", step=number)
@@ -167,6 +171,9 @@ def _all_gradients(network: Network, values: list[Array], target: Array, context
     network.send_gradients_to(keep)
     network.loss.forward(network.forward(values[0], context), target)
     dx = network.layer.backward(network.loss.backward(), want_dx=True)
+    if values[0].dtype.kind != "f":
+        assert dx is None, f"codes have no derivative, and the model returned dx of shape {dx.shape}"
+        return [np.zeros(0), *gradients.values()]
     assert dx is not None, "the model was asked for dx and returned None"
     return [dx.copy(), *gradients.values()]
 

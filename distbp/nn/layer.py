@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Array", "Context", "Initial", "Layer", "Leaf", "Parameter", "Shape", "Sink"]
+__all__ = ["Array", "Buffered", "Context", "Initial", "Layer", "Leaf", "Parameter", "Shape", "Sink"]
 
 Array: TypeAlias = NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
@@ -97,14 +97,38 @@ class Parameter:
         self._sink(self, leaf)
 
 
-class Layer(ABC):
+class Buffered:
+    """Whatever keeps arrays from step to step, so that a steady step allocates nothing large."""
+
+    def buffer(self, name: str, shape: Shape, dtype: DTypeLike) -> Array:
+        """Return this object's array called `name`; the same one as long as shape and dtype stay the same.
+
+        Its content is what was left there.  A fresh large array costs page faults in every step, a reused
+        one does not; a change of G or b pays once.
+        """
+        # Made here and not in __init__, so that a layer need not remember to call super().__init__().
+        buffers: dict[str, Array] = self.__dict__.setdefault("_buffers", {})
+        array = buffers.get(name)
+        if array is None or array.shape != shape or array.dtype != dtype:
+            array = buffers[name] = np.zeros(shape, dtype)
+        return array
+
+
+class Layer(Buffered, ABC):
     """One differentiable function of stacked micro-batches.
 
     A layer never writes into `x` or `dy`.  What it returns is its own (or a view of its argument, as from
     Flatten) and holds until its next forward or backward call; it may keep `x` from forward to backward for
     the same reason.  The dtype of all results follows the input: float32 in training, float64 when gradients
     are checked.  An instance stands in one place of one model, because it remembers one forward pass.
+
+    A layer with `takes_codes` (Embedding) takes integers, which have no derivative: it returns None for dx.
     """
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether samples are integer codes and not numbers."""
+        return False
 
     @abstractmethod
     def build(self, input_shape: Shape) -> Shape:
@@ -136,16 +160,3 @@ class Layer(ABC):
     def multiply_adds(self) -> int:
         """Return the multiply-adds of the products of one sample's forward pass; 0 for elementwise work."""
         return 0
-
-    def buffer(self, name: str, shape: Shape, dtype: DTypeLike) -> Array:
-        """Return this layer's array called `name`; the same one as long as shape and dtype stay the same.
-
-        Its content is what was left there.  A fresh large array costs page faults in every step, a reused
-        one does not; a change of G or b pays once.
-        """
-        # Made here and not in __init__, so that a layer need not remember to call super().__init__().
-        buffers: dict[str, Array] = self.__dict__.setdefault("_buffers", {})
-        array = buffers.get(name)
-        if array is None or array.shape != shape or array.dtype != dtype:
-            array = buffers[name] = np.zeros(shape, dtype)
-        return array

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.errors import ConfigError, DataError
-from distbp.nn.layer import Array, Shape
+from distbp.nn.layer import Array, Buffered, Shape
 
 __all__ = ["Loss", "MeanSquaredError", "SoftmaxCrossEntropy", "Sums"]
 
@@ -34,7 +34,7 @@ class Sums:
     correct: NDArray[np.float64]
 
 
-class Loss(ABC):
+class Loss(Buffered, ABC):
     """A number for each sample, from the model's output and the target.
 
     As with layers: arguments are not written to, results hold until the next call, and the values of
@@ -42,6 +42,13 @@ class Loss(ABC):
     """
 
     kind: ClassVar[Literal["classification", "regression"]]
+
+    _answers = 1
+
+    @property
+    def answers(self) -> int:
+        """How many answers the built model gives for one sample: the positions of a sequence, else 1."""
+        return self._answers
 
     @abstractmethod
     def build(self, output_shape: Shape) -> None:
@@ -59,12 +66,16 @@ class Loss(ABC):
 class SoftmaxCrossEntropy(Loss):
     """Cross entropy of softmax(output) against class numbers, with smoothing and class weights.
 
-    For a sample with outputs z, class y, weights w_c, smoothing ε, C classes, nll_c = log Σ_j exp(z_j) - z_c:
+    For an answer with outputs z, class y, weights w_c, smoothing ε and nll_c = log Σ_j exp(z_j) - z_c,
+    C classes:
 
         loss = (1-ε) w_y nll_y + ε/C Σ_c w_c nll_c,     weight = w_y,
 
     so loss sum / weight sum is what torch.nn.CrossEntropyLoss(weight, label_smoothing) returns.
     (Smoothing: Szegedy et al., "Rethinking the Inception architecture", CVPR 2016.)
+
+    A model with outputs (*S, C) gives one answer at each place of S, as a language model does at each
+    position; targets are then (*S,) for a sample, and loss and weight are summed over the places.
     """
 
     kind = "classification"
@@ -78,13 +89,14 @@ class SoftmaxCrossEntropy(Loss):
         self.class_weights = None if class_weights is None else tuple(class_weights)
 
     def build(self, output_shape: Shape) -> None:
-        """Accept (C,) with C >= 2, and class weights of that length."""
-        if len(output_shape) != 1 or output_shape[0] < 2:
+        """Accept (*S, C) with C >= 2, and class weights of that length."""
+        if not output_shape or output_shape[-1] < 2 or math.prod(output_shape) < 1:
             raise ConfigError(
                 f"SoftmaxCrossEntropy: expected a model with one output for each of at least two classes, "
                 f"got output shape {output_shape!r}"
             )
-        (num_classes,) = output_shape
+        *places, num_classes = output_shape
+        self._answers = math.prod(places)
         if self.class_weights is not None and len(self.class_weights) != num_classes:
             raise ConfigError(
                 f"class_weights: expected one for each of {num_classes} classes, "
@@ -92,32 +104,34 @@ class SoftmaxCrossEntropy(Loss):
             )
 
     def forward(self, output: Array, target: Array, mask: Array | None = None) -> Sums:
-        """Return the sums for integer `target` of shape (G, b) with values in 0..C-1.
+        """Return the sums for integer `target` of shape (G, b, *S) with values in 0..C-1.
 
-        `correct` counts the samples whose largest output is the target's; of equal outputs the first counts.
+        `correct` counts the answers whose largest output is the target's; of equal outputs the first counts.
         """
-        G, b, num_classes = output.shape
-        _check_classes(target, (G, b), num_classes)
+        num_classes = output.shape[-1]
+        _check_classes(target, output.shape[:-1], num_classes)
         # z is shifted by its maximum, which leaves softmax and nll as they are and keeps exp in range.
-        # C order whatever the output's is, so that the places below are places in memory.
-        shifted = np.subtract(output, np.maximum.reduce(output, axis=-1, keepdims=True), order="C")
-        self._softmax = np.exp(shifted)
-        total = np.add.reduce(self._softmax, axis=-1, keepdims=True)
-        np.divide(self._softmax, total, out=self._softmax)
-        log_total = np.log(total[..., 0])
+        shifted = self.buffer("shifted", output.shape, output.dtype)
+        row = self.buffer("row", (*output.shape[:-1], 1), output.dtype)
+        np.subtract(output, np.maximum.reduce(output, axis=-1, keepdims=True, out=row), out=shifted)
+        softmax = self._softmax = self.buffer("softmax", output.shape, output.dtype)
+        np.exp(shifted, out=softmax)
+        np.add.reduce(softmax, axis=-1, keepdims=True, out=row)
+        np.divide(softmax, row, out=softmax)
+        log_total = np.log(row[..., 0])
         # The places of the targets in the flattened outputs.
-        self._places = np.arange(0, G * b * num_classes, num_classes) + target.reshape(-1)
+        self._places = np.arange(0, output.size, num_classes) + target.reshape(-1)
 
         weights = np.ones(num_classes) if self.class_weights is None else np.array(self.class_weights)
-        sample_weight = weights.astype(output.dtype)[target]
-        self._at_target = (1.0 - self.label_smoothing) * sample_weight
-        loss = self._at_target * (log_total - shifted.reshape(-1).take(self._places).reshape(G, b))
+        weight = weights.astype(output.dtype)[target]
+        self._at_target = (1.0 - self.label_smoothing) * weight
+        loss = self._at_target * (log_total - shifted.reshape(-1).take(self._places).reshape(target.shape))
         if self.label_smoothing:
             self._spread = (weights * (self.label_smoothing / num_classes)).astype(output.dtype)
             loss += np.add.reduce(self._spread) * log_total - np.vecdot(shifted, self._spread)
         self._mask = mask
         correct = np.argmax(output, axis=-1) == target
-        return Sums(*(_sum_samples(values, mask) for values in (loss, sample_weight, correct)))
+        return Sums(*(_sum_samples(values, mask) for values in (loss, weight, correct)))
 
     def backward(self) -> Array:
         """Return ∂loss/∂z_c = (Σ_k q_k) softmax_c - q_c, with q_c = (1-ε) w_y [c = y] + ε/C w_c.
@@ -132,7 +146,7 @@ class SoftmaxCrossEntropy(Loss):
             np.subtract(gradient, self._spread, out=gradient)
         gradient.reshape(-1)[self._places] -= self._at_target.reshape(-1)
         if self._mask is not None:
-            np.multiply(gradient, self._mask[..., np.newaxis], out=gradient)
+            np.multiply(gradient, _for_each_sample(self._mask, gradient), out=gradient)
         return gradient
 
 
@@ -166,7 +180,7 @@ class MeanSquaredError(Loss):
         num_outputs = math.prod(gradient.shape[2:])
         np.multiply(gradient, 2.0 / num_outputs, out=gradient)
         if self._mask is not None:
-            gradient *= self._mask.reshape(*gradient.shape[:2], *[1] * (gradient.ndim - 2))
+            gradient *= _for_each_sample(self._mask, gradient)
         return gradient
 
 
@@ -175,7 +189,8 @@ def _check_classes(target: Array, shape: Shape, num_classes: int) -> None:
     if target.shape != shape or target.dtype.kind not in "iu":
         raise DataError(
             f"SoftmaxCrossEntropy: expected integer class numbers of shape {shape!r}, "
-            f"got {target.dtype} of shape {target.shape!r}; for numbers use the loss 'mean_squared_error'"
+            f"got {target.dtype} of shape {target.shape!r}; for numbers use the loss 'mean_squared_error', "
+            "for one class a sample let the model end with one axis (Flatten)"
         )
     if target.size and (np.min(target) < 0 or np.max(target) >= num_classes):
         wrong = target[(target < 0) | (target >= num_classes)].flat[0].item()
@@ -185,15 +200,20 @@ def _check_classes(target: Array, shape: Shape, num_classes: int) -> None:
         )
 
 
-def _sum_samples(values_Gb: Array, mask_Gb: Array | None) -> NDArray[np.float64]:
-    """Return the float64 sum of each micro-batch over the samples that count.
+def _for_each_sample(values_Gb: Array, like: Array) -> Array:
+    """Return (G, b) as (G, b, 1, ...) with as many axes as `like`."""
+    return values_Gb.reshape(*values_Gb.shape, *[1] * (like.ndim - 2))
+
+
+def _sum_samples(values: Array, mask_Gb: Array | None) -> NDArray[np.float64]:
+    """Return the float64 sum of (G, b, *S) for each micro-batch, over the samples that count.
 
     The conversion comes first: `add.reduce(dtype=...)` converts in pieces of a buffer of its own, and NumPy
     does not promise that the pieces end where rows end.  No bit differed in 150 cases with NumPy 2.4; the
     conversion costs a microsecond and leaves nothing to promise.
     """
-    values = values_Gb.astype(np.float64)
+    wide = values.astype(np.float64)
     if mask_Gb is not None:
-        values *= mask_Gb
-    total: NDArray[np.float64] = np.add.reduce(values, axis=1)
+        wide *= _for_each_sample(mask_Gb, wide)
+    total: NDArray[np.float64] = np.add.reduce(wide.reshape(len(wide), -1), axis=1)
     return total

@@ -7,7 +7,9 @@ activation behind them, because each keeps the variance of the signal only with 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from distbp.errors import ConfigError
 from distbp.nn import initial
@@ -17,6 +19,7 @@ from distbp.nn.layer import Initial, Layer
 from distbp.nn.linear import Linear
 from distbp.nn.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy
 from distbp.nn.shape import Flatten
+from distbp.nn.transformer import transformer
 
 __all__ = ["ACTIVATIONS", "LOSSES", "MODELS", "build_loss", "build_model", "linear", "mlp"]
 
@@ -36,7 +39,7 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def mlp(*, outputs: int, hidden: Sequence[int] = (128,), activation: str = "relu") -> Layer:
+def mlp(*, outputs: int, hidden: Sequence[int] = (256, 128), activation: str = "relu") -> Layer:
     """Return a multilayer perceptron: for each width in `hidden` Linear and activation, then Linear."""
     make, weights = ACTIVATIONS[_known("activation", activation, ACTIVATIONS)]
     layers: list[Layer] = [Flatten()]
@@ -50,15 +53,25 @@ def linear(*, outputs: int, hidden: Sequence[int] = (), activation: str = "relu"
     return Sequential(Flatten(), Linear(outputs, initial=initial.lecun_normal))
 
 
-MODELS: dict[str, Callable[..., Layer]] = {"linear": linear, "mlp": mlp}
-"""Name -> function of the keywords `outputs`, `hidden`, `activation`."""
+MODELS: dict[str, Callable[..., Layer]] = {"linear": linear, "mlp": mlp, "transformer": transformer}
+"""Name -> function of the keyword `outputs` and of the options that mean something to the model."""
 
 
-def build_model(
-    name: str, *, outputs: int, hidden: Sequence[int] = (128,), activation: str = "relu"
-) -> Layer:
-    """Return the model called `name` with `outputs` outputs; ConfigError names the nearest known name."""
-    return MODELS[_known("model", name, MODELS)](outputs=outputs, hidden=hidden, activation=activation)
+def build_model(name: str, *, outputs: int, **options: Any) -> Layer:
+    """Return the model called `name` with `outputs` outputs; an option that is None is the model's own.
+
+    Raises ConfigError for a name or an option that is not known, with the nearest known name.
+    """
+    make = MODELS[_known("model", name, MODELS)]
+    known = [option for option in inspect.signature(make).parameters if option != "outputs"]
+    given = {option: value for option, value in options.items() if value is not None}
+    for option, value in given.items():
+        if option not in known:
+            raise ConfigError(
+                f"model.{option}: the model {name!r} has no such option, got {value!r}; it has "
+                f"{', '.join(known) or 'none'}"
+            )
+    return make(outputs=outputs, **given)
 
 
 def build_loss(

@@ -67,11 +67,15 @@ class Network:
             parameter.send_to(sink)
 
     def forward(self, x: Array, context: Context) -> Array:
-        """Return the outputs for stacked micro-batches `x`: (G, b, *input_shape), float32 or float64."""
-        if x.shape[2:] != self.input_shape or x.ndim < 2 or x.dtype.kind != "f":
+        """Return the outputs for stacked micro-batches `x`: (G, b, *input_shape).
+
+        They are float32 or float64, or integers where the model begins with an Embedding.
+        """
+        kinds, named = ("iu", "integers") if self.layer.takes_codes else ("f", "float32 or float64")
+        if x.shape[2:] != self.input_shape or x.ndim < 2 or x.dtype.kind not in kinds:
             raise DataError(
                 f"expected stacked micro-batches of shape (G, b, {', '.join(map(str, self.input_shape))}) in "
-                f"float32 or float64, got shape {x.shape!r} in {x.dtype}; the model was built for samples of "
+                f"{named}, got shape {x.shape!r} in {x.dtype}; the model was built for samples of "
                 f"shape {self.input_shape!r}"
             )
         return self.layer.forward(x, context)

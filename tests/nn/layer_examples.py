@@ -12,6 +12,15 @@ import numpy as np
 from distbp import nn
 from distbp.nn import Array, Context, Layer, Parameter, Shape
 
+CODES = 11
+"""Codes that examples with an Embedding take."""
+
+
+def banded(positions: int) -> list[list[bool]]:
+    """Return a mask with which a position sees those at most two away, and some see the first one."""
+    return [[abs(i - j) <= 2 or (j == 0 and i % 3 == 0) for j in range(positions)] for i in range(positions)]
+
+
 LAYERS: dict[str, tuple[Callable[[], Layer], Shape]] = {
     "linear": (lambda: nn.Linear(5), (7,)),
     "linear without bias": (lambda: nn.Linear(3, bias=False), (4,)),
@@ -41,6 +50,31 @@ LAYERS: dict[str, tuple[Callable[[], Layer], Shape]] = {
         (5,),
     ),
     "mlp": (lambda: nn.mlp(outputs=10, hidden=(64, 32)), (8, 8)),
+    "linear on rows": (lambda: nn.Linear(5), (3, 7)),
+    "linear on rows of images": (lambda: nn.Linear(2, bias=False), (2, 3, 5)),
+    "embedding": (lambda: nn.Embedding(CODES, 5), (7,)),
+    "embedding of one code": (lambda: nn.Embedding(CODES, 1), ()),
+    "positional embedding": (nn.PositionalEmbedding, (3, 4)),
+    "layer norm": (nn.LayerNorm, (13,)),
+    "layer norm on rows": (nn.LayerNorm, (3, 64)),
+    "rms norm": (nn.RMSNorm, (13,)),
+    "rms norm on rows": (nn.RMSNorm, (3, 64)),
+    "attention": (lambda: nn.MultiHeadAttention(2), (5, 6)),
+    "attention to one position": (lambda: nn.MultiHeadAttention(1), (1, 3)),
+    "causal attention": (lambda: nn.MultiHeadAttention(3, causal=True), (7, 12)),
+    "causal attention in blocks": (lambda: nn.MultiHeadAttention(1, causal=True), (131, 4)),
+    "masked attention in blocks": (lambda: nn.MultiHeadAttention(2, mask=banded(150)), (150, 4)),
+    "masked causal attention": (lambda: nn.MultiHeadAttention(2, causal=True, mask=banded(5)), (5, 4)),
+    "sequences": (
+        lambda: nn.Sequential(
+            nn.Embedding(CODES, 8),
+            nn.PositionalEmbedding(),
+            nn.Residual(nn.Sequential(nn.LayerNorm(), nn.MultiHeadAttention(2, causal=True))),
+            nn.Residual(nn.Sequential(nn.RMSNorm(), nn.Linear(12), nn.GELU(), nn.Linear(8))),
+            nn.Linear(CODES),
+        ),
+        (6,),
+    ),
 }
 
 TRAINING = Context(training=True)
@@ -59,6 +93,14 @@ def start(network: nn.Network, dtype: type = np.float32) -> Array:
     vector += 0.1 * np.random.default_rng(3).normal(size=vector.size)
     network.use(network.views(vector))
     return vector
+
+
+def samples_for(network: nn.Network, num_micro_batches: int, micro_batch: int, seed: int = 1) -> Array:
+    """Return samples that the network takes, (G, b, *input_shape): normal values, or codes."""
+    if not network.layer.takes_codes:
+        return random_stack(num_micro_batches, micro_batch, network.input_shape, seed)
+    shape = (num_micro_batches, micro_batch, *network.input_shape)
+    return np.random.default_rng(seed).integers(0, CODES, size=shape)
 
 
 def random_stack(num_micro_batches: int, micro_batch: int, shape: Shape, seed: int = 1) -> Array:
