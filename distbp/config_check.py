@@ -241,12 +241,15 @@ def conflicts(config: Config) -> list[tuple[tuple[str, ...], str]]:
     if optimizer.nesterov and optimizer.momentum == 0:
         message = "expected a momentum > 0 with optimizer.nesterov = true, got 0.0"
         found.append((("optimizer.momentum", "optimizer.nesterov"), message))
-    if loss.name == "mean_squared_error" and loss.label_smoothing:
-        message = f"expected 0 with loss.name = 'mean_squared_error', got {loss.label_smoothing!r}"
+    if loss.name not in ("auto", "cross_entropy") and loss.label_smoothing:
+        message = f"expected 0 with loss.name = {loss.name!r}, got {loss.label_smoothing!r}"
         found.append((("loss.label_smoothing", "loss.name"), message))
-    if loss.name == "mean_squared_error" and loss.class_weights is not None:
-        message = f"expected \"none\" with loss.name = 'mean_squared_error', got {shown(loss.class_weights)}"
+    if loss.name not in ("auto", "cross_entropy") and loss.class_weights is not None:
+        message = f'expected "none" with loss.name = {loss.name!r}, got {shown(loss.class_weights)}'
         found.append((("loss.class_weights", "loss.name"), message))
+    if loss.name != "huber" and loss.delta is not None:
+        message = f"expected \"none\" unless loss.name = 'huber', got {loss.delta!r}"
+        found.append((("loss.delta", "loss.name"), message))
     if loss.class_weights is not None and not any(loss.class_weights):
         found.append((("loss.class_weights",), "expected at least one weight above 0, got zeros only"))
     found += _misplaced_options(optimizer)

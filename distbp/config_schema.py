@@ -93,12 +93,12 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The function that is trained."""
 
     name: Annotated[
-        Literal["auto", "linear", "mlp", "transformer"],
-        Meta(description="architecture; auto: transformer for text, else mlp"),
+        Literal["auto", "gru", "linear", "lstm", "mlp", "transformer"],
+        Meta(description="architecture; auto: transformer for text, else mlp; gru and lstm are for series"),
     ] = "auto"
     hidden: Annotated[
         Annotated[tuple[Width, ...], Meta(max_length=_LAYER_LIMIT)] | None,
-        Meta(description="widths of the hidden layers of an mlp; none: 256, 128"),
+        Meta(description="widths of the hidden layers; none: mlp 256, 128; gru and lstm 64"),
     ] = None
     activation: Annotated[
         Literal["gelu", "leaky_relu", "relu", "sigmoid", "tanh"] | None,
@@ -121,7 +121,7 @@ class Loss(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is made small."""
 
     name: Annotated[
-        Literal["auto", "cross_entropy", "mean_squared_error"],
+        Literal["auto", "binary_cross_entropy", "cross_entropy", "huber", "mean_squared_error"],
         Meta(
             description="auto: cross entropy for classes, mean squared error for numbers, in units of their "
             "variance"
@@ -133,6 +133,12 @@ class Loss(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     class_weights: Annotated[
         Annotated[tuple[NotNegative, ...], Meta(min_length=1, max_length=_CLASS_LIMIT)] | None,
         Meta(description="weight of each class in the loss (cross entropy only); none: all 1"),
+    ] = None
+    delta: Annotated[
+        Positive | None,
+        Meta(
+            description="huber: error up to which the loss is a square, in deviations of the targets; none: 1"
+        ),
     ] = None
 
 

@@ -59,7 +59,8 @@ def check_kind_of_samples(model: Layer, data: ArrayDataset) -> None:
 
 def _check_classes(name: str, data: ArrayDataset, output_shape: tuple[int, ...]) -> None:
     """Refuse labels that are not one for each answer of the model, or are no class numbers."""
-    *places, classes = output_shape
+    *places, outputs = output_shape
+    classes = max(outputs, 2)  # One output tells two classes apart, by its sign.
     if data.y.shape[1:] != tuple(places):
         raise ConfigError(
             f"the model puts out {output_shape} for a sample, so it wants classes of shape {tuple(places)}; "

@@ -362,10 +362,11 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
         tree["optimizer"] = {option: value for option, value in optimizer.items() if option not in wrong}
     if tree.get("schedule", {}).get("warmup_steps"):
         tree["schedule"].pop("warmup_epochs", None)
-    if loss.get("name") == "mean_squared_error":
-        tree["loss"] = {"name": "mean_squared_error"}
+    if loss.get("name", "auto") not in ("auto", "cross_entropy"):
+        tree["loss"] = {"name": loss["name"]}
     elif not any(loss.get("class_weights") or [1]):
         del loss["class_weights"]
+    loss.pop("delta", None)
     if len(tree.get("model", {}).get("hidden") or []) > 1:
         tree["model"]["hidden"] = [1 + width % 10_000 for width in tree["model"]["hidden"]]
     return tree

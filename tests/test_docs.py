@@ -86,6 +86,7 @@ NO_ALTERNATIVE = {
     "model.layers": "refused for an mlp; part of the model where it has a meaning",
     "model.heads": "the same",
     "model.width": "the same",
+    "loss.delta": "refused but for 'huber', which is for numbers",
     "optimizer.beta1": "refused for sgd; part of the options of the optimizers that have it",
     "optimizer.beta2": "the same",
     "optimizer.epsilon": "the same",

@@ -34,7 +34,7 @@ from distbp.data import (
 )
 from distbp.errors import ConfigError
 from distbp.metrics.banner import banner
-from distbp.nn import Loss, build_loss, build_model
+from distbp.nn import BinaryCrossEntropy, Loss, build_loss, build_model
 from distbp.optim import OPTIMIZERS, Averaged, Optimizer, Schedule
 from distbp.trainer import History, Trainer
 
@@ -62,6 +62,12 @@ mlp.  Rejected: a lower learning rate for numbers.  At 0.01 features with outlie
 
 WARMUP_EPOCHS = 5
 """Epochs of it with `schedule.scaling = "linear"` where nothing else was said (P. Goyal et al., 2017)."""
+
+LOSSES_FOR = {
+    "classification": ("cross_entropy", "binary_cross_entropy"),
+    "regression": ("mean_squared_error", "huber", "binary_cross_entropy"),
+}
+"""Task -> the losses that fit it, the natural one first."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +137,14 @@ def natural_model(preprocessing: Preprocessing) -> str:
 def build_trainer(config: Config, preprocessing: Preprocessing) -> Trainer:
     """Return the trainer that the configuration describes, for data like those that were prepared."""
     config = with_task_defaults(config, preprocessing)
+    loss = _loss(config, preprocessing)
+    # Two classes have one output if yes and no are what is asked for.
+    yes_or_no = isinstance(loss, BinaryCrossEntropy) and preprocessing.task == "classification"
     options = msgspec.structs.asdict(config.model)
-    model = build_model(options.pop("name"), outputs=preprocessing.num_outputs, **options)
+    outputs = 1 if yes_or_no else preprocessing.num_outputs
     return Trainer(
-        model,
-        loss=_loss(config, preprocessing),
+        build_model(options.pop("name"), outputs=outputs, **options),
+        loss=loss,
         optimizer=build_optimizer(config),
         schedule=build_schedule(config),
         clip_norm=config.optimizer.clip_norm,
@@ -228,11 +237,32 @@ def fit_job(message: dict[str, Any], descriptor: int) -> History:
 
 def _loss(config: Config, preprocessing: Preprocessing) -> Loss:
     """Return the loss, checked against what the data are."""
-    natural = "cross_entropy" if preprocessing.task == "classification" else "mean_squared_error"
-    name = natural if config.loss.name == "auto" else config.loss.name
-    if name != natural:
-        kind = "classes" if natural == "cross_entropy" else "numbers"
-        raise ConfigError(f"loss.name: the targets are {kind}, which needs {natural!r}, got {name!r}")
+    fitting = LOSSES_FOR[preprocessing.task]
+    name = fitting[0] if config.loss.name == "auto" else config.loss.name
+    if name not in fitting:
+        kind = "classes" if preprocessing.task == "classification" else "numbers"
+        raise ConfigError(
+            f"loss.name: the targets are {kind}, which needs {' or '.join(map(repr, fitting))}, got {name!r}"
+        )
+    if name == "binary_cross_entropy":
+        _check_yes_and_no(preprocessing)
     return build_loss(
-        name, label_smoothing=config.loss.label_smoothing, class_weights=config.loss.class_weights
+        name,
+        label_smoothing=config.loss.label_smoothing,
+        class_weights=config.loss.class_weights,
+        delta=config.loss.delta,
     )
+
+
+def _check_yes_and_no(preprocessing: Preprocessing) -> None:
+    """Refuse binary cross entropy for targets that are not yes and no."""
+    classes = preprocessing.classes
+    if classes is not None and len(classes) != 2:
+        raise ConfigError(
+            f"loss.name: expected two classes with 'binary_cross_entropy', got {len(classes)}; "
+            "'cross_entropy' takes any number"
+        )
+    if classes is None and preprocessing.mode != "none":
+        raise ConfigError(
+            "loss.name: 'binary_cross_entropy' wants numbers from 0 to 1 as they are; set data.normalize=none"
+        )

@@ -140,10 +140,14 @@ def read_samples(
 
 
 def predict(model: TrainedModel, samples: Samples) -> NDArray[Any]:
-    """Return logits (N, C) float32 for classes, or numbers (N, O) float64 in the unit of the targets."""
+    """Return logits (N, C) float32 for classes, or numbers (N, O) float64 in the unit of the targets.
+
+    One output for two classes is the logit of the second one, where that of the first is 0.
+    """
     outputs = model.trainer.predict(samples.dataset.x)
     if model.preprocessing.task == "classification":
-        return outputs
+        one_for_two = outputs.shape[-1] == 1
+        return np.concatenate([np.zeros_like(outputs), outputs], axis=-1) if one_for_two else outputs
     return model.preprocessing.restore_targets(outputs)
 
 

@@ -14,21 +14,27 @@ from distbp.nn.layer import Array, Context, Initial, Layer, Leaf, Parameter, Sha
 from distbp.nn.layer_norm import LayerNorm, RMSNorm
 from distbp.nn.layout import Layout, arrange
 from distbp.nn.linear import Linear
-from distbp.nn.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy, Sums
+from distbp.nn.losses import BinaryCrossEntropy, Huber, Loss, MeanSquaredError, SoftmaxCrossEntropy, Sums
 from distbp.nn.models import ACTIVATIONS, LOSSES, MODELS, build_loss, build_model, linear, mlp
 from distbp.nn.network import Network
+from distbp.nn.recurrent import GRU, LSTM
+from distbp.nn.sequences import gru, lstm
 from distbp.nn.shape import Flatten
 from distbp.nn.transformer import transformer
 
 __all__ = [
     "ACTIVATIONS",
     "GELU",
+    "GRU",
     "LOSSES",
+    "LSTM",
     "MODELS",
     "Array",
+    "BinaryCrossEntropy",
     "Context",
     "Embedding",
     "Flatten",
+    "Huber",
     "Initial",
     "Layer",
     "LayerNorm",
@@ -59,7 +65,9 @@ __all__ = [
     "build_loss",
     "build_model",
     "check_gradient",
+    "gru",
     "linear",
+    "lstm",
     "mlp",
     "transformer",
 ]

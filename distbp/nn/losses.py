@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from distbp.errors import ConfigError, DataError
 from distbp.nn.layer import Array, Buffered, Shape
 
-__all__ = ["Loss", "MeanSquaredError", "SoftmaxCrossEntropy", "Sums"]
+__all__ = ["BinaryCrossEntropy", "Huber", "Loss", "MeanSquaredError", "SoftmaxCrossEntropy", "Sums"]
+
+Kind: TypeAlias = Literal["classification", "regression"]
 
 
 @dataclass
@@ -41,7 +43,10 @@ class Loss(Buffered, ABC):
     micro-batch g do not depend on G.
     """
 
-    kind: ClassVar[Literal["classification", "regression"]]
+    @property
+    @abstractmethod
+    def kind(self) -> Kind:
+        """What targets are: class numbers, or numbers."""
 
     _answers = 1
 
@@ -78,7 +83,7 @@ class SoftmaxCrossEntropy(Loss):
     position; targets are then (*S,) for a sample, and loss and weight are summed over the places.
     """
 
-    kind = "classification"
+    kind: Kind = "classification"
 
     def __init__(self, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> None:
         if not 0.0 <= label_smoothing < 1.0:
@@ -150,25 +155,76 @@ class SoftmaxCrossEntropy(Loss):
         return gradient
 
 
-class MeanSquaredError(Loss):
-    """loss = 1/O Σ_o (y_o - t_o)² for a sample with O outputs; the weight of a sample is 1."""
+class BinaryCrossEntropy(Loss):
+    """Cross entropy of σ(output) against yes and no.
 
-    kind = "regression"
+    For a sample with outputs z_o and targets t_o from 0 to 1, and weight 1:
+
+        loss = 1/O Σ_o (max(z_o, 0) - z_o t_o + log(1 + exp(-|z_o|))),
+
+    which is -t log σ(z) - (1 - t) log(1 - σ(z)) without overflow, and what
+    torch.nn.BCEWithLogitsLoss returns.  A model with one output takes classes 0 and 1 (integers) as targets
+    and is right where the output is on the right side of 0; one with several outputs takes a number for
+    each, as for labels that may hold together.
+    """
+
+    def __init__(self) -> None:
+        self._kind: Kind = "classification"
+
+    @property
+    def kind(self) -> Kind:
+        """Classification with one output, regression with several."""
+        return self._kind
 
     def build(self, output_shape: Shape) -> None:
         """Accept any output shape with at least one number."""
-        if math.prod(output_shape) < 1:
-            raise ConfigError(f"MeanSquaredError: expected at least one output, got shape {output_shape!r}")
+        _check_outputs("BinaryCrossEntropy", output_shape)
+        self._kind = "classification" if output_shape == (1,) else "regression"
+
+    def forward(self, output: Array, target: Array, mask: Array | None = None) -> Sums:
+        """Return the sums for `target` (G, b) of classes 0 and 1, or of the output's shape from 0 to 1."""
+        if self._kind == "classification":
+            _check_classes(target, output.shape[:2], 2)
+        wanted = _targets_like(output, target, "BinaryCrossEntropy")
+        if target.size and not (target.min() >= 0 and target.max() <= 1):
+            raise DataError(
+                f"BinaryCrossEntropy: expected targets from 0 to 1, got {target.min()} to {target.max()}; "
+                "numbers to predict are normalised unless data.normalize is 'none'"
+            )
+        # σ(z) = (1 + tanh(z/2)) / 2, as in Sigmoid; its difference to the target is the gradient.
+        sigmoid = np.tanh(np.multiply(output, 0.5, out=self.buffer("sigmoid", output.shape, output.dtype)))
+        self._difference = self.buffer("difference", output.shape, output.dtype)
+        np.add(np.multiply(sigmoid, 0.5, out=sigmoid), 0.5, out=sigmoid)
+        np.subtract(sigmoid, wanted, out=self._difference)
+        self._mask = mask
+        loss = np.log1p(np.exp(-np.abs(output))) + np.maximum(output, 0) - output * wanted
+        loss /= math.prod(output.shape[2:])
+        counted = np.ones(output.shape[:2])
+        correct = (
+            (output.reshape(target.shape) > 0) == target if self._kind == "classification" else 0 * counted
+        )
+        return Sums(*(_sum_samples(values, mask) for values in (loss, counted, correct)))
+
+    def backward(self) -> Array:
+        """Return ∂loss/∂z_o = (σ(z_o) - t_o) / O, because (log(1 + exp(z)))' = σ(z).  Once per forward."""
+        return _scaled_for_samples(self._difference, 1.0, self._mask)
+
+
+class MeanSquaredError(Loss):
+    """loss = 1/O Σ_o (y_o - t_o)² for a sample with O outputs; the weight of a sample is 1."""
+
+    kind: Kind = "regression"
+
+    def build(self, output_shape: Shape) -> None:
+        """Accept any output shape with at least one number."""
+        _check_outputs("MeanSquaredError", output_shape)
 
     def forward(self, output: Array, target: Array, mask: Array | None = None) -> Sums:
         """Return the sums for `target` of the output's shape, or (G, b) where there is one output."""
         G, b = output.shape[:2]
-        if target.shape[:2] != (G, b) or target.size != output.size:
-            raise DataError(
-                f"MeanSquaredError: expected targets of shape {output.shape!r}, one for each output of the "
-                f"model, got {target.shape!r}; set the model's outputs to the number of target columns"
-            )
-        self._difference = np.subtract(output, target.reshape(output.shape), dtype=output.dtype)
+        wanted = _targets_like(output, target, "MeanSquaredError")
+        self._difference = self.buffer("difference", output.shape, output.dtype)
+        np.subtract(output, wanted, out=self._difference, dtype=output.dtype)
         self._mask = mask
         rows = self._difference.reshape(G, b, -1)
         loss = np.vecdot(rows, rows) / rows.shape[2]
@@ -176,12 +232,71 @@ class MeanSquaredError(Loss):
 
     def backward(self) -> Array:
         """Return ∂loss/∂y_o = 2/O (y_o - t_o).  Call it once per forward."""
-        gradient = self._difference
-        num_outputs = math.prod(gradient.shape[2:])
-        np.multiply(gradient, 2.0 / num_outputs, out=gradient)
-        if self._mask is not None:
-            gradient *= _for_each_sample(self._mask, gradient)
-        return gradient
+        return _scaled_for_samples(self._difference, 2.0, self._mask)
+
+
+class Huber(Loss):
+    """loss = 1/O Σ_o h(y_o - t_o), h(r) = r²/2 where |r| <= δ, else δ (|r| - δ/2); the weight is 1.
+
+    P. Huber, 1964, "Robust estimation of a location parameter": outliers pull with a force of δ, not with
+    one that grows.  It is torch.nn.HuberLoss(delta=δ).
+    """
+
+    kind: Kind = "regression"
+
+    def __init__(self, *, delta: float = 1.0) -> None:
+        if not 0.0 < delta < math.inf:
+            raise ConfigError(f"Huber: expected a finite delta > 0, got {delta!r}")
+        self.delta = float(delta)
+
+    def build(self, output_shape: Shape) -> None:
+        """Accept any output shape with at least one number."""
+        _check_outputs("Huber", output_shape)
+
+    def forward(self, output: Array, target: Array, mask: Array | None = None) -> Sums:
+        """Return the sums for `target` of the output's shape, or (G, b) where there is one output.
+
+        With c = r limited to ±δ both branches are c (r - c/2).
+        """
+        G, b = output.shape[:2]
+        wanted = _targets_like(output, target, "Huber")
+        difference = self.buffer("difference", output.shape, output.dtype)
+        np.subtract(output, wanted, out=difference, dtype=output.dtype)
+        limited = self._limited = self.buffer("limited", output.shape, output.dtype)
+        np.clip(difference, -self.delta, self.delta, out=limited)
+        np.subtract(difference, np.multiply(limited, 0.5), out=difference)
+        self._mask = mask
+        rows = limited.reshape(G, b, -1)
+        loss = np.vecdot(rows, difference.reshape(rows.shape)) / rows.shape[2]
+        return Sums(_sum_samples(loss, mask), _sum_samples(np.ones((G, b)), mask), np.zeros(G))
+
+    def backward(self) -> Array:
+        """Return ∂loss/∂y_o = c/O with c = r limited to ±δ.  Call it once per forward."""
+        return _scaled_for_samples(self._limited, 1.0, self._mask)
+
+
+def _check_outputs(name: str, output_shape: Shape) -> None:
+    """Raise ConfigError for a model that puts nothing out."""
+    if math.prod(output_shape) < 1:
+        raise ConfigError(f"{name}: expected at least one output, got shape {output_shape!r}")
+
+
+def _targets_like(output: Array, target: Array, name: str) -> Array:
+    """Return `target` in the shape of `output`, or raise DataError if there is not one for each output."""
+    if target.shape[:2] != output.shape[:2] or target.size != output.size:
+        raise DataError(
+            f"{name}: expected targets of shape {output.shape!r}, one for each output of the "
+            f"model, got {target.shape!r}; set the model's outputs to the number of target columns"
+        )
+    return target.reshape(output.shape)
+
+
+def _scaled_for_samples(gradient: Array, factor: float, mask: Array | None) -> Array:
+    """Multiply `gradient` in place by factor / number of outputs, and by the mask; return it."""
+    np.multiply(gradient, factor / math.prod(gradient.shape[2:]), out=gradient)
+    if mask is not None:
+        np.multiply(gradient, _for_each_sample(mask, gradient), out=gradient)
+    return gradient
 
 
 def _check_classes(target: Array, shape: Shape, num_classes: int) -> None:

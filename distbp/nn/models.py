@@ -17,7 +17,8 @@ from distbp.nn.activations import GELU, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
 from distbp.nn.blocks import Sequential
 from distbp.nn.layer import Initial, Layer
 from distbp.nn.linear import Linear
-from distbp.nn.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy
+from distbp.nn.losses import BinaryCrossEntropy, Huber, Loss, MeanSquaredError, SoftmaxCrossEntropy
+from distbp.nn.sequences import gru, lstm
 from distbp.nn.shape import Flatten
 from distbp.nn.transformer import transformer
 
@@ -33,8 +34,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[], Layer], Initial]] = {
 }
 """Name -> how to make it, and how the weights before it start."""
 
-LOSSES: dict[str, type[Loss]] = {
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "binary_cross_entropy": BinaryCrossEntropy,
     "cross_entropy": SoftmaxCrossEntropy,
+    "huber": Huber,
     "mean_squared_error": MeanSquaredError,
 }
 
@@ -53,7 +56,13 @@ def linear(*, outputs: int, hidden: Sequence[int] = (), activation: str = "relu"
     return Sequential(Flatten(), Linear(outputs, initial=initial.lecun_normal))
 
 
-MODELS: dict[str, Callable[..., Layer]] = {"linear": linear, "mlp": mlp, "transformer": transformer}
+MODELS: dict[str, Callable[..., Layer]] = {
+    "gru": gru,
+    "linear": linear,
+    "lstm": lstm,
+    "mlp": mlp,
+    "transformer": transformer,
+}
 """Name -> function of the keyword `outputs` and of the options that mean something to the model."""
 
 
@@ -75,17 +84,24 @@ def build_model(name: str, *, outputs: int, **options: Any) -> Layer:
 
 
 def build_loss(
-    name: str, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
+    name: str,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+    delta: float | None = None,
 ) -> Loss:
     """Return the loss called `name`; ConfigError for an unknown name or an option that it does not have."""
-    if LOSSES[_known("loss", name, LOSSES)] is SoftmaxCrossEntropy:
-        return SoftmaxCrossEntropy(label_smoothing=label_smoothing, class_weights=class_weights)
-    if label_smoothing or class_weights is not None:
-        raise ConfigError(
-            f"loss {name!r}: expected neither label_smoothing nor class_weights, got {label_smoothing!r} and "
-            f"{class_weights!r}; they belong to 'cross_entropy'"
-        )
-    return LOSSES[name]()
+    make = LOSSES[_known("loss", name, LOSSES)]
+    options = {"label_smoothing": label_smoothing, "class_weights": class_weights, "delta": delta}
+    given = {option: value for option, value in options.items() if value is not None and value != 0.0}
+    known = inspect.signature(make).parameters
+    for option, value in given.items():
+        if option not in known:
+            owners = [other for other, loss in LOSSES.items() if option in inspect.signature(loss).parameters]
+            raise ConfigError(
+                f"loss {name!r}: it has no option {option}, got {value!r}; it belongs to {owners[0]!r}"
+            )
+    return make(**given)
 
 
 def _known(what: str, name: str, names: Iterable[str]) -> str:

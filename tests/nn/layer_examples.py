@@ -65,6 +65,17 @@ LAYERS: dict[str, tuple[Callable[[], Layer], Shape]] = {
     "causal attention in blocks": (lambda: nn.MultiHeadAttention(1, causal=True), (131, 4)),
     "masked attention in blocks": (lambda: nn.MultiHeadAttention(2, mask=banded(150)), (150, 4)),
     "masked causal attention": (lambda: nn.MultiHeadAttention(2, causal=True, mask=banded(5)), (5, 4)),
+    "gru": (lambda: nn.GRU(4), (5, 3)),
+    "gru of numbers": (lambda: nn.GRU(3), (4,)),
+    "gru, last state": (lambda: nn.GRU(4, last=True), (5, 3)),
+    "gru of one step": (lambda: nn.GRU(1), (1, 1)),
+    "lstm": (lambda: nn.LSTM(4), (5, 3)),
+    "lstm, last state": (lambda: nn.LSTM(4, last=True), (5, 3)),
+    "lstm of one step": (lambda: nn.LSTM(1, last=True), (1, 1)),
+    "recurrent layers": (
+        lambda: nn.Sequential(nn.GRU(6), nn.LSTM(5), nn.LayerNorm(), nn.GRU(3, last=True), nn.Linear(2)),
+        (6, 2),
+    ),
     "sequences": (
         lambda: nn.Sequential(
             nn.Embedding(CODES, 8),

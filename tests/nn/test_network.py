@@ -182,6 +182,9 @@ def test_evaluate_equals_the_training_loss():
         (lambda: nn.RMSNorm(epsilon=0.0), (4,), "epsilon > 0"),
         (lambda: nn.Parallel(nn.Embedding(3, 2), nn.Tanh()), (4,), "all take codes"),
         (lambda: nn.transformer(outputs=3, width=10), (4,), "multiple of the heads"),
+        (lambda: nn.GRU(0), (4,), "at least one unit"),
+        (lambda: nn.LSTM(3), (2, 3, 4), "steps, inputs"),
+        (lambda: nn.gru(outputs=3, hidden=()), (4,), "at least one recurrent layer"),
     ],
 )
 def test_impossible_models(layer, shape, words):
@@ -233,6 +236,8 @@ def test_every_activation_in_an_mlp(activation):
 
 
 MODEL_EXAMPLES = {
+    "gru": ({"hidden": [4, 3]}, (4, 2), (11,)),
+    "lstm": ({"hidden": [4, 3]}, (4,), (11,)),
     "linear": ({}, (2, 3), (11,)),
     "mlp": ({"hidden": [5], "activation": "tanh"}, (2, 3), (11,)),
     "transformer": ({"layers": 1, "heads": 2, "width": 8}, (5,), (5, 11)),
@@ -289,4 +294,4 @@ def test_unknown_names(options, words):
 @pytest.mark.parametrize("name", nn.LOSSES)
 def test_losses_by_name(name):
     """Every loss is made by its name."""
-    assert type(nn.build_loss(name)) is nn.LOSSES[name]
+    assert isinstance(nn.build_loss(name), nn.LOSSES[name])
