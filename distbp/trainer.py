@@ -34,6 +34,7 @@ from distbp.partition import default_micro_batch
 from distbp.planning import (
     check_data,
     check_metadata,
+    copy_tensors,
     describe_layer,
     describe_options,
     too_many_workers,
@@ -122,6 +123,7 @@ class Trainer:
         self.threads = threads
         self.network: Network | None = None
         self.parameters: NDArray[np.float32] | None = None
+        self.statistics: NDArray[np.float64] | None = None
 
     def fit(
         self,
@@ -257,8 +259,8 @@ class Trainer:
             vectors=("parameters", *self.optimizer.vectors),
             sums=len(norm.blocks(network.layout.borders())),
             evaluation_rows=0 if validation is None else evaluation.num_batches(validation),
-            tail=TAIL,
-            scalars=SCALARS,
+            tail=TAIL + network.statistics_layout.size,
+            scalars=SCALARS + network.statistics_layout.size,
             max_restarts=max_restarts,
             config_toml=config_toml,
             environment=environment,
@@ -303,18 +305,12 @@ class Trainer:
         return self
 
     def take(self, network: Network, snapshot: checkpoint.Snapshot) -> None:
-        """Copy the parameters of `snapshot` into a vector for `network`; `ConfigError` if they do not fit."""
-        vector = np.zeros(network.layout.size, np.float32)
-        for name, view in zip(network.layout.names, network.views(vector), strict=True):
-            held = snapshot.tensors.get(f"parameters/{name}")
-            if held is None or held.shape != view.shape:
-                got = "nothing" if held is None else f"shape {held.shape}"
-                raise ConfigError(
-                    f"the model has a parameter {name} of shape {view.shape}, the checkpoint has {got}: "
-                    "it belongs to another model"
-                )
-            np.copyto(view, held)
-        self.network, self.parameters = network, vector
+        """Copy parameters and statistics of `snapshot` for `network`; `ConfigError` if they do not fit."""
+        parameters = np.zeros(network.layout.size, np.float32)
+        statistics = np.zeros(network.statistics_layout.size)
+        copy_tensors(snapshot, "parameters", network.layout, parameters)
+        copy_tensors(snapshot, "statistics", network.statistics_layout, statistics)
+        self.network, self.parameters, self.statistics = network, parameters, statistics
 
     def _train(self, members: Membership, seat: Seat, job: Job) -> History:
         """Run the worker to the end of the call, through losses that happen while it ends."""
@@ -333,6 +329,7 @@ class Trainer:
                     break
             self.network = job.network
             self.parameters = seat.arena.vectors(result["steps"])["parameters"]
+            self.statistics = seat.arena.scalars(result["steps"])[SCALARS:]
         finally:
             worker.close()
         return _history(result)
@@ -344,13 +341,14 @@ class Trainer:
 
     def _ready(self, dataset: ArrayDataset) -> Network:
         """Return the network with the trained parameters in place."""
-        if self.network is None or self.parameters is None:
+        if self.network is None or self.parameters is None or self.statistics is None:
             raise ConfigError("nothing is trained yet; call fit, or load a checkpoint with Trainer.load")
         if dataset.x.shape[1:] != self.network.input_shape:
             raise DataError(
                 f"the model takes samples of shape {self.network.input_shape}, got {dataset.x.shape[1:]}"
             )
         self.network.use(self.network.views(self.parameters))
+        self.network.use_statistics(self.statistics)
         return self.network
 
     def _build(self, data: ArrayDataset) -> Network:

@@ -45,6 +45,7 @@ from distbp.job import (
     REDUCE,
     SAMPLES,
     SAVE,
+    SCALARS,
     SKIPPED,
     SKIPPED_IN_ROW,
     STOP,
@@ -130,7 +131,7 @@ class Worker:
         job, local = self.job, self.seat.local_rank
         self._gradient = MicroBatchSum(self.first, self.last, self.arena.slots[local])
         self._tail = MicroBatchSum(self.first, self.last, self.arena.tails[local])
-        self._tail_rows = np.zeros((self.last - self.first, TAIL))
+        self._tail_rows = np.zeros((self.last - self.first, job.tail))
         self._views = [job.network.views(self.arena.vectors(step)["parameters"]) for step in (0, 1)]
         job.network.send_gradients_to(self._collect)
 
@@ -313,12 +314,13 @@ class Worker:
             Context(True, job.seed, step, self.first),
         )
         rows[:, LOSS], rows[:, WEIGHT], rows[:, CORRECT] = sums.loss, sums.weight, sums.correct
+        job.network.write_statistics(rows[:, TAIL:])
         rows[0, STOP] = self.arena.stop_requested
         if self.seat.rank == 0:
             rows[0, SAVE] = self._save_is_late()
         bad = np.flatnonzero(~np.isfinite(sums.loss))
         self.arena.mark_bad(self.first + int(bad[0]) if len(bad) else -1)
-        self._tail.collect(0, (TAIL,), lambda low, high, out: np.copyto(out, rows[low:high]))
+        self._tail.collect(0, (job.tail,), lambda low, high, out: np.copyto(out, rows[low:high]))
 
     def _save_is_late(self) -> bool:
         """Return whether the time between two saves is over; asked by rank 0, answered to all in the tail."""
@@ -343,7 +345,7 @@ class Worker:
     def _update(self, tail: NDArray[np.float64]) -> None:
         """Write the next generation of the lane and, by the host's first worker, of the scalars."""
         arena, job, step = self.arena, self.job, self.step
-        accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail[LOSS])) and tail[WEIGHT] > 0
+        accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail).all()) and tail[WEIGHT] > 0
         for piece in self._pieces:
             part = slice(piece.low, piece.high)
             current = {name: vector[part] for name, vector in arena.vectors(step).items()}
@@ -379,6 +381,7 @@ class Worker:
         if accepted:
             following[[EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT]] += tail[[LOSS, WEIGHT, CORRECT]]
             following[SKIPPED_IN_ROW] = 0
+            job.network.move_statistics(following[SCALARS:], tail[TAIL:] / job.micro_batches)
         else:
             following[[SKIPPED_IN_ROW, SKIPPED]] += 1
 
