@@ -249,7 +249,7 @@ def conflicts(config: Config) -> list[tuple[tuple[str, ...], str]]:
         found.append((("loss.class_weights", "loss.name"), message))
     if loss.class_weights is not None and not any(loss.class_weights):
         found.append((("loss.class_weights",), "expected at least one weight above 0, got zeros only"))
-    hidden = config.model.hidden
+    hidden = config.model.hidden or ()
     num_parameters = sum(rows * columns for rows, columns in pairwise(hidden))
     if num_parameters > _PARAMETER_LIMIT:
         message = f"expected at most {_PARAMETER_LIMIT} weights between hidden layers, got {num_parameters}"

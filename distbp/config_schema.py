@@ -70,14 +70,21 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The function that is trained."""
 
-    name: Annotated[Literal["linear", "mlp"], Meta(description="architecture")] = "mlp"
+    name: Annotated[
+        Literal["cnn", "lenet", "linear", "mlp", "resnet20", "resnet32", "resnet56"],
+        Meta(description="architecture; cnn, lenet and the resnets are for images"),
+    ] = "mlp"
     hidden: Annotated[
-        tuple[Width, ...], Meta(max_length=_LAYER_LIMIT, description="widths of the hidden layers of an mlp")
-    ] = (256, 128)
+        Annotated[tuple[Width, ...], Meta(max_length=_LAYER_LIMIT)] | None,
+        Meta(
+            description="widths of the hidden fully connected layers; none: mlp 256, 128; lenet 120, 84; cnn "
+            "1024; linear and resnets have no such layers"
+        ),
+    ] = None
     activation: Annotated[
-        Literal["gelu", "leaky_relu", "relu", "sigmoid", "tanh"],
-        Meta(description="function between the layers"),
-    ] = "relu"
+        Literal["gelu", "leaky_relu", "relu", "sigmoid", "silu", "tanh"] | None,
+        Meta(description="function between the layers of an mlp; none: relu"),
+    ] = None
 
 
 class Loss(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,7 +110,10 @@ class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the mean gradient changes the parameters."""
 
     name: Annotated[Literal["sgd"], Meta(description="update rule")] = "sgd"
-    lr: Annotated[Positive, Meta(description="learning rate at the peak of the schedule")] = 0.1
+    lr: Annotated[
+        Positive | None,
+        Meta(description="learning rate at the peak of the schedule; none: the model's own, 0.1 for most"),
+    ] = None
     momentum: Annotated[BelowOne, Meta(description="share of the last velocity that is kept; 0: none")] = 0.9
     nesterov: Annotated[bool, Meta(description="look ahead along the velocity; needs momentum")] = False
     weight_decay: Annotated[

@@ -31,7 +31,7 @@ BAD_OVERRIDES = [
     ("optimizer.lr=1e999", "optimizer.lr", "finite"),
     ("optimizer.lr=fast", "optimizer.lr", "'fast'"),
     ("optimizer.lr=true", "optimizer.lr", "True"),
-    ("optimizer.lr=none", "optimizer.lr", "'none'"),
+    ("optimizer.momentum=none", "optimizer.momentum", "'none'"),
     ("optimizer.lr=", "optimizer.lr", "''"),
     ("optimizer.lr=[0.1]", "optimizer.lr", "[0.1]"),
     ("optimizer.lr=" + "9" * 400, "optimizer.lr", "400 characters"),
@@ -358,7 +358,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
         tree["loss"] = {"name": "mean_squared_error"}
     elif not any(loss.get("class_weights") or [1]):
         del loss["class_weights"]
-    if len(tree.get("model", {}).get("hidden", [])) > 1:
+    if len(tree.get("model", {}).get("hidden") or []) > 1:
         tree["model"]["hidden"] = [1 + width % 10_000 for width in tree["model"]["hidden"]]
     return tree
 
@@ -435,9 +435,9 @@ def test_every_key_is_explained() -> None:
     described = describe()
     assert [entry.key for entry in described] == list(keys())
     assert all(entry.type and entry.default and entry.description for entry in described)
-    assert next(entry for entry in described if entry.key == "optimizer.lr").type == "a finite number > 0"
+    assert next(entry for entry in described if entry.key == "schedule.power").type == "a finite number > 0"
     definitions = json.loads(json.dumps(schema()))["$defs"]
-    assert definitions["Optimizer"]["properties"]["lr"]["exclusiveMinimum"] == 0
+    assert definitions["Schedule"]["properties"]["power"]["exclusiveMinimum"] == 0
     assert definitions["Optimizer"]["additionalProperties"] is False
     template = to_toml(Config(), comments=True)
     assert all(entry.description in template for entry in described)

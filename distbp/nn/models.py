@@ -7,12 +7,15 @@ activation behind them, because each keeps the variance of the signal only with 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from distbp.errors import ConfigError
 from distbp.nn import initial
-from distbp.nn.activations import GELU, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from distbp.nn.activations import GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Softmax, Tanh
 from distbp.nn.blocks import Sequential
+from distbp.nn.images import cnn, lenet, resnet20, resnet32, resnet56
 from distbp.nn.layer import Initial, Layer
 from distbp.nn.linear import Linear
 from distbp.nn.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy
@@ -25,6 +28,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[], Layer], Initial]] = {
     "leaky_relu": (LeakyReLU, initial.he_normal),
     "relu": (ReLU, initial.he_normal),
     "sigmoid": (Sigmoid, initial.glorot_uniform),
+    "silu": (SiLU, initial.he_normal),
     "softmax": (Softmax, initial.glorot_uniform),
     "tanh": (Tanh, initial.glorot_uniform),
 }
@@ -36,7 +40,7 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def mlp(*, outputs: int, hidden: Sequence[int] = (128,), activation: str = "relu") -> Layer:
+def mlp(*, outputs: int, hidden: Sequence[int] = (256, 128), activation: str = "relu") -> Layer:
     """Return a multilayer perceptron: for each width in `hidden` Linear and activation, then Linear."""
     make, weights = ACTIVATIONS[_known("activation", activation, ACTIVATIONS)]
     layers: list[Layer] = [Flatten()]
@@ -50,15 +54,33 @@ def linear(*, outputs: int, hidden: Sequence[int] = (), activation: str = "relu"
     return Sequential(Flatten(), Linear(outputs, initial=initial.lecun_normal))
 
 
-MODELS: dict[str, Callable[..., Layer]] = {"linear": linear, "mlp": mlp}
-"""Name -> function of the keywords `outputs`, `hidden`, `activation`."""
+MODELS: dict[str, Callable[..., Layer]] = {
+    "cnn": cnn,
+    "lenet": lenet,
+    "linear": linear,
+    "mlp": mlp,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet56": resnet56,
+}
+"""Name -> function of the keyword `outputs` and of the options that mean something to the model."""
 
 
-def build_model(
-    name: str, *, outputs: int, hidden: Sequence[int] = (128,), activation: str = "relu"
-) -> Layer:
-    """Return the model called `name` with `outputs` outputs; ConfigError names the nearest known name."""
-    return MODELS[_known("model", name, MODELS)](outputs=outputs, hidden=hidden, activation=activation)
+def build_model(name: str, *, outputs: int, **options: Any) -> Layer:
+    """Return the model called `name` with `outputs` outputs; an option that is None is the model's own.
+
+    Raises ConfigError for a name or an option that is not known, with the nearest known name.
+    """
+    make = MODELS[_known("model", name, MODELS)]
+    known = [option for option in inspect.signature(make).parameters if option != "outputs"]
+    given = {option: value for option, value in options.items() if value is not None}
+    for option, value in given.items():
+        if option not in known:
+            raise ConfigError(
+                f"model.{option}: the model {name!r} has no such option, got {value!r}; "
+                f"it has {', '.join(known) or 'none'}"
+            )
+    return make(outputs=outputs, **given)
 
 
 def build_loss(

