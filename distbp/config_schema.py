@@ -65,6 +65,15 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "images; numbers to predict are normalised too, except with none"
         ),
     ] = "auto"
+    augment_crop: Annotated[
+        int,
+        Meta(ge=0, le=4096, description="pixels by which an image is moved at most, at random; 0: none"),
+    ] = 0
+    augment_flip: Annotated[bool, Meta(description="mirror every second image, at random")] = False
+    augment_noise: Annotated[
+        NotNegative,
+        Meta(description="deviation of noise added to samples, in units of normalised samples; 0: none"),
+    ] = 0.0
 
 
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distbp.data import Dataset, Order
+from distbp.data import Dataset, Order, Transform
 from distbp.nn import Network
 from distbp.optim import Optimizer
 
@@ -50,6 +50,8 @@ class Job:
     keep: int
     log_samples: bool
     metadata: dict[str, Any]
+    augment: tuple[Transform, ...] = ()
+    """How the samples of a micro-batch are changed before they are trained on."""
     overlap: bool = True
     """Whether the exchange between hosts begins while backprop goes on."""
     bucket_bytes: int | None = None

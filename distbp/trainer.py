@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from distbp import checkpoint, evaluation
 from distbp.arena import Parked
 from distbp.backends.base import CallFinished, Membership, Plan, Seat
 from distbp.backends.launcher import claim
-from distbp.data import ArrayDataset, Order, fingerprint
+from distbp.data import ArrayDataset, Order, Transform, fingerprint
 from distbp.environment import describe_environment, limit_threads
 from distbp.errors import ConfigError, DataError, DistbpError, InputMissing, Stopped
 from distbp.job import SCALARS, TAIL, Job
@@ -85,7 +85,8 @@ class Trainer:
     `loss` is "cross_entropy", "mean_squared_error" or a `Loss`; `batch_size` is global, whatever the number
     of workers; `micro_batch` (default: batch_size / k, k at most 8) is the unit of work and of sameness, and
     bounds the workers.  `lr` is the rate of the default cosine schedule; `schedule` replaces both.  `threads`
-    are BLAS threads of each worker, part of what decides about bits.
+    are BLAS threads of each worker, part of what decides about bits.  `augment` changes samples before they
+    are trained on, as in `[distbp.data.Crop(4), distbp.data.Flip()]`.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Trainer:
         micro_batch: int | None = None,
         seed: int = 0,
         threads: int = 1,
+        augment: Sequence[Transform] = (),
     ) -> None:
         self.model = model
         self.loss = build_loss(loss) if isinstance(loss, str) else loss
@@ -121,6 +123,7 @@ class Trainer:
             )
         self.seed = seed
         self.threads = threads
+        self.augment = tuple(augment)
         self.network: Network | None = None
         self.parameters: NDArray[np.float32] | None = None
         self.statistics: NDArray[np.float64] | None = None
@@ -195,6 +198,7 @@ class Trainer:
                 log_samples=log_samples,
                 overlap=overlap,
                 bucket_bytes=bucket_bytes,
+                augment=self.augment,
                 metadata=dict(metadata or {}) | {"identity": plan.identity, "environment": plan.environment},
                 banner=(lambda job, seat: "") if banner is None else banner,
             )
@@ -237,6 +241,8 @@ class Trainer:
             raise ConfigError(f"keep: expected at least 2, or 0 for all, got {keep!r}")
         network = self._build(train)
         check_data(network, train, validation)
+        for transform in self.augment:
+            transform.check(network.input_shape)
         micro_batches = self.batch_size // self.micro_batch
         if workers > micro_batches:
             raise ConfigError(too_many_workers(workers, self.batch_size, self.micro_batch))
@@ -268,7 +274,9 @@ class Trainer:
 
     def _identity(self, network: Network) -> dict[str, Any]:
         """Return all options that decide about bits, as JSON values."""
-        return {
+        # Only where there is any, so that runs from before there was augmentation can be resumed.
+        augment = {"augment": [describe_options(part) for part in self.augment]} if self.augment else {}
+        return augment | {
             "seed": self.seed,
             "batch_size": self.batch_size,
             "micro_batch": self.micro_batch,

@@ -210,6 +210,7 @@ class Worker:
         trial = MicroBatchSum(0, 1, [vector])
         indices = job.order.indices(0, job.micro_batch)
         x, y = job.train.batch(indices)
+        self._augment(x[None], 0, 0)
         job.network.use(self._views[self.step & 1])
         job.network.send_gradients_to(lambda p, leaf: trial.collect(p.offset, p.shape, leaf))
         job.network.loss_and_gradient(x[None], y[None], Context(True, job.seed, 0, 0))
@@ -307,6 +308,7 @@ class Worker:
         indices = job.order.indices(position, count * job.micro_batch)
         job.train.batch(indices, self._x, self._y)
         shape = (count, job.micro_batch)
+        self._augment(self._x.reshape(shape + self._x.shape[1:]), step, self.first)
         job.network.use(self._views[step & 1])
         sums = job.network.loss_and_gradient(
             self._x.reshape(shape + self._x.shape[1:]),
@@ -321,6 +323,12 @@ class Worker:
         bad = np.flatnonzero(~np.isfinite(sums.loss))
         self.arena.mark_bad(self.first + int(bad[0]) if len(bad) else -1)
         self._tail.collect(0, (job.tail,), lambda low, high, out: np.copyto(out, rows[low:high]))
+
+    def _augment(self, x: Array, step: int, first: int) -> None:
+        """Change the samples of the stacked micro-batches, the first of which has the number `first`."""
+        for transform in self.job.augment:
+            for number, micro_batch in enumerate(x, first):
+                transform(micro_batch, self.job.seed, step, number)
 
     def _save_is_late(self) -> bool:
         """Return whether the time between two saves is over; asked by rank 0, answered to all in the tail."""

@@ -7,7 +7,7 @@ import pytest
 
 from distbp import checkpoint, nn
 from distbp.backends.threads import ThreadsJob, VanishHost
-from distbp.data import ArrayDataset, load, prepare
+from distbp.data import ArrayDataset, load, prepare, transforms
 from distbp.errors import ConfigError
 from distbp.optim import SGD
 from distbp.trainer import Trainer, find_checkpoint
@@ -25,6 +25,11 @@ def digits():
 
 
 TRAIN, VALIDATION = digits()
+
+
+def digits_again():
+    """The training part, made anew."""
+    return next(iter(digits()))
 
 
 def dropping():
@@ -51,16 +56,24 @@ MODELS = {
 } | {"dropping": dropping}
 
 
-def trainer_of(model):
+def trainer_of(model, augment=()):
     """Return a trainer of ten micro-batches of four."""
-    return Trainer(model(), optimizer=SGD(momentum=0.9), lr=0.05, batch_size=40, micro_batch=4, seed=3)
+    return Trainer(
+        model(),
+        optimizer=SGD(momentum=0.9),
+        lr=0.05,
+        batch_size=40,
+        micro_batch=4,
+        seed=3,
+        augment=augment,
+    )
 
 
-def fit(model, out, train=TRAIN, **options):
+def fit(model, out, train=TRAIN, augment=(), **options):
     """Return a program that trains a network; each worker builds its own layers."""
 
     def program(members):
-        history = trainer_of(model).fit(
+        history = trainer_of(model, augment).fit(
             train, val=VALIDATION, epochs=9, max_steps=STEPS, out=out, members=members, **options
         )
         return history.result
@@ -79,6 +92,29 @@ def test_same_bits_for_any_workers(name, tmp_path):
             assert result["parameters_sha256"] == alone["parameters_sha256"]
             assert result["state_sha256"] == alone["state_sha256"]
             assert result["validation"] == alone["validation"]
+
+
+def test_augmented_samples_are_the_same_for_any_workers(tmp_path):
+    """Moved, mirrored and noisy samples give the same bits on any workers, and others than plain ones."""
+    augment = transforms(crop=1, flip=True, noise=0.1)
+    plain = ThreadsJob(fit(dropping, tmp_path / "plain"), (1,)).run()[0]
+    alone = ThreadsJob(fit(dropping, tmp_path / "alone", augment=augment), (1,)).run()[0]
+    assert alone["state_sha256"] != plain["state_sha256"]
+    for host_sizes in ((2,), (3,), (5,), (2, 1)):
+        out = tmp_path / "-".join(map(str, host_sizes))
+        for result in ThreadsJob(fit(dropping, out, augment=augment), host_sizes).run().values():
+            assert result["state_sha256"] == alone["state_sha256"]
+    # The data set itself was not touched.
+    assert (TRAIN.x == digits_again().x).all()
+
+
+def test_another_augmentation_is_another_run(tmp_path):
+    """A run is not resumed with other transforms, and samples that a transform cannot take are refused."""
+    trainer_of(dropping).fit(TRAIN, epochs=1, max_steps=1, out=tmp_path)
+    with pytest.raises(ConfigError, match="augment"):
+        trainer_of(dropping, transforms(flip=True)).fit(TRAIN, epochs=1, max_steps=2, out=tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.augment_crop"):
+        trainer_of(dropping, transforms(crop=8)).fit(TRAIN, epochs=1, out=tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", MODELS)

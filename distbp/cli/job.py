@@ -17,7 +17,17 @@ import numpy as np
 
 from distbp import config as configuration
 from distbp.config import Config
-from distbp.data import ArrayDataset, Prepared, Preprocessing, Sources, attach, load, pack, prepare
+from distbp.data import (
+    ArrayDataset,
+    Prepared,
+    Preprocessing,
+    Sources,
+    attach,
+    load,
+    pack,
+    prepare,
+    transforms,
+)
 from distbp.errors import ConfigError
 from distbp.metrics.banner import banner
 from distbp.nn import Loss, build_loss, build_model
@@ -106,6 +116,9 @@ def build_trainer(config: Config, preprocessing: Preprocessing) -> Trainer:
         micro_batch=config.train.micro_batch,
         seed=config.seed,
         threads=config.run.threads,
+        augment=transforms(
+            crop=config.data.augment_crop, flip=config.data.augment_flip, noise=config.data.augment_noise
+        ),
     )
 
 

@@ -4,6 +4,7 @@
 there; the tests of the contract then run over it by themselves.
 """
 
+from distbp.data.augment import Crop, Flip, Noise, Transform, transforms
 from distbp.data.base import Dataset, Request, Source, Sources
 from distbp.data.fingerprint import fingerprint
 from distbp.data.load import BUILT_INS, SOURCES, load
@@ -18,13 +19,17 @@ __all__ = [
     "BUILT_INS",
     "SOURCES",
     "ArrayDataset",
+    "Crop",
     "Dataset",
+    "Flip",
+    "Noise",
     "Order",
     "Prepared",
     "Preprocessing",
     "Request",
     "Source",
     "Sources",
+    "Transform",
     "attach",
     "fingerprint",
     "load",
@@ -32,4 +37,5 @@ __all__ = [
     "permute",
     "prepare",
     "split",
+    "transforms",
 ]
