@@ -18,6 +18,7 @@ def load_data(
     validation_fraction: float = 0.1,
     split: str = "random",
     normalize: str = "auto",
+    image_size: int | None = None,
     seed: int = 0,
 ) -> tuple[ArrayDataset, ArrayDataset | None]:
     """Return training and validation data of a file, a directory or a built-in name such as "digits".
@@ -26,7 +27,7 @@ def load_data(
     to predict come normalised, too: pass `normalize="none"` to keep their unit.
     """
     prepared = prepare(
-        load(path, target=target),
+        load(path, target=target, image_size=image_size),
         validation_fraction=validation_fraction,
         split=split,
         normalize=normalize,

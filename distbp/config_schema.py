@@ -65,6 +65,13 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "images; numbers to predict are normalised too, except with none"
         ),
     ] = "auto"
+    image_size: Annotated[
+        Annotated[int, Meta(ge=1, le=4096)] | None,
+        Meta(
+            description="side in pixels of the square that image files are scaled and cut to; none: all "
+            "must have one size"
+        ),
+    ] = None
     augment_crop: Annotated[
         int,
         Meta(ge=0, le=4096, description="pixels by which an image is moved at most, at random; 0: none"),

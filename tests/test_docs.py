@@ -72,6 +72,7 @@ ALTERNATIVES: dict[str, object] = {
 """Key -> a value that is not its default, for the built-in digits."""
 
 NO_ALTERNATIVE = {
+    "data.image_size": "the digits are no image files, which is refused at any start; samples are compared",
     "data.path": "the samples are compared, not the name of the file",
     "data.target": "the same; a column that gives other targets gives other samples",
     "data.validation": "the same for the validation samples",

@@ -27,12 +27,13 @@ Schema = dict[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """What the caller of `load` asked for."""
+    """What the caller of `load` asked for; `image_size` is the side in pixels to which images are brought."""
 
     path: Path
     target: str | None = None
     schema: Schema | None = None
     labelled: bool = True
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from distbp.data import arrays, idx, table
+from distbp.data import arrays, idx, image_folder, table
 from distbp.data.base import Format, Request, Schema, Sources
 from distbp.data.digits import read_digits
 from distbp.errors import ConfigError, DataError, InputMissing
@@ -21,6 +21,7 @@ __all__ = ["BUILT_INS", "SOURCES", "load"]
 SOURCES: dict[str, Format] = {
     "idx": Format("IDX files as MNIST has them (also .gz)", idx.matches, idx.read),
     "arrays": Format("NumPy arrays x and y (.npz, or x.npy and y.npy)", arrays.matches, arrays.read),
+    "images": Format("folders of image files, one for each class", image_folder.matches, image_folder.read),
     "table": Format("tables with a header line (.csv, .tsv)", table.matches, table.read),
 }
 
@@ -28,19 +29,25 @@ BUILT_INS: dict[str, Callable[[Request], Sources]] = {"digits": read_digits}
 
 
 def load(
-    path: str, *, target: str | None = None, schema: Schema | None = None, labelled: bool = True
+    path: str,
+    *,
+    target: str | None = None,
+    schema: Schema | None = None,
+    labelled: bool = True,
+    image_size: int | None = None,
 ) -> Sources:
     """Return the data set at `path`: a file, a directory, or a built-in name (`./digits` is the file).
 
     `target` is the column of a table that holds the labels.  With `schema`, another file is read as the
     training data were: same columns, categories, classes.  With `labelled=False` labels are neither needed
-    nor read.
+    nor read.  `image_size` is the side in pixels of the square that image files are brought to.
 
     Raises InputMissing if nothing is there, DataError if it cannot be used, ConfigError if `target` is wrong.
     """
-    request = Request(Path(path), target, schema, labelled)
+    request = Request(Path(path), target, schema, labelled, image_size)
     if path in BUILT_INS:
         _refuse_target(request)
+        _refuse_image_size(request)
         return BUILT_INS[path](request)
     try:
         kind = request.path.stat().st_mode
@@ -69,6 +76,8 @@ def _read(request: Request) -> Sources:
         if source.matches(request.path):
             if name != "table":
                 _refuse_target(request)
+            if name != "images":
+                _refuse_image_size(request)
             return source.read(request)
     known = "; ".join(source.description for source in SOURCES.values())
     if request.path.is_dir():
@@ -86,6 +95,15 @@ def _refuse_target(request: Request) -> None:
         raise ConfigError(
             f"--target {request.target!r}: expected a table (.csv, .tsv) to take the column from, got "
             f"{str(request.path)!r}, which has no columns; leave --target out"
+        )
+
+
+def _refuse_image_size(request: Request) -> None:
+    """Raise ConfigError if a size was asked for and the data are no image files."""
+    if request.image_size is not None:
+        raise ConfigError(
+            f"data.image_size = {request.image_size}: expected a folder of image files to bring to that "
+            f"size, got {str(request.path)!r}; leave the key out"
         )
 
 
