@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from distbp import checkpoint, state
 from distbp.backends.base import Seat, host_ranks
 from distbp.evaluation import num_batches, summary, write_row
-from distbp.job import EVALUATE, SAMPLES, SAVING, SKIPPED, Job, epoch_ends_at, epoch_of
+from distbp.job import EVALUATE, SAMPLES, SAVING, SCALARS, SKIPPED, Job, epoch_ends_at, epoch_of
 from distbp.metrics.progress import Progress
 from distbp.metrics.records import Records
 from distbp.partition import split_range
@@ -80,7 +80,7 @@ class AfterStep:
         validation = next((e for e in reversed(history) if e["kind"] == "validation"), None)
         median = statistics.median(durations) if durations else None
         tensors = state.named_tensors(self.arena, job, step)
-        parameters = [array for name, array in tensors.items() if name.startswith("parameters/")]
+        model = [array for name, array in tensors.items() if name.startswith(("parameters/", "statistics/"))]
         return {
             "status": "stopped" if stopped else "done",
             "exit_code": 75 if stopped else 0,
@@ -88,7 +88,7 @@ class AfterStep:
             "epochs": epoch_of(step, len(job.train), job.batch_size),
             "samples": int(scalars[SAMPLES]),
             "seed": job.seed,
-            "parameters_sha256": checkpoint.parameters_sha256(parameters),
+            "parameters_sha256": checkpoint.parameters_sha256(model),
             "state_sha256": checkpoint.state_sha256(tensors),
             "train_loss": next((e["loss"] for e in reversed(history) if e["kind"] == "train"), None),
             "validation": validation and {key: validation[key] for key in ("loss", "accuracy")},
@@ -128,6 +128,7 @@ class AfterStep:
         assert job.validation is not None, "nothing to evaluate"
         arena.progress(EVALUATE)
         job.network.use(self.views[step & 1])
+        job.network.use_statistics(arena.scalars(step)[SCALARS:])
         count = num_batches(job.validation)
         rows = arena.evaluation
         arena.barrier.wait()

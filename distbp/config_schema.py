@@ -87,21 +87,55 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Width | None,
         Meta(description="text: tokens between the beginnings of two samples; none: as many as in a sample"),
     ] = None
+    image_size: Annotated[
+        Annotated[int, Meta(ge=1, le=4096)] | None,
+        Meta(
+            description="side in pixels of the square that image files are scaled and cut to; none: all "
+            "must have one size"
+        ),
+    ] = None
+    augment_crop: Annotated[
+        int,
+        Meta(ge=0, le=4096, description="pixels by which an image is moved at most, at random; 0: none"),
+    ] = 0
+    augment_flip: Annotated[bool, Meta(description="mirror every second image, at random")] = False
+    augment_noise: Annotated[
+        NotNegative,
+        Meta(description="deviation of noise added to samples, in units of normalised samples; 0: none"),
+    ] = 0.0
 
 
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The function that is trained."""
 
     name: Annotated[
-        Literal["auto", "gru", "linear", "lstm", "mlp", "transformer"],
-        Meta(description="architecture; auto: transformer for text, else mlp; gru and lstm are for series"),
+        Literal[
+            "auto",
+            "cnn",
+            "gru",
+            "lenet",
+            "linear",
+            "lstm",
+            "mlp",
+            "resnet20",
+            "resnet32",
+            "resnet56",
+            "transformer",
+        ],
+        Meta(
+            description="architecture; cnn, lenet and the resnets are for images, gru and lstm for series; "
+            "auto: transformer for text, else mlp"
+        ),
     ] = "auto"
     hidden: Annotated[
         Annotated[tuple[Width, ...], Meta(max_length=_LAYER_LIMIT)] | None,
-        Meta(description="widths of the hidden layers; none: mlp 256, 128; gru and lstm 64"),
+        Meta(
+            description="widths of the hidden fully connected or recurrent layers; none: mlp 256, 128; lenet "
+            "120, 84; cnn 1024; gru and lstm 64"
+        ),
     ] = None
     activation: Annotated[
-        Literal["gelu", "leaky_relu", "relu", "sigmoid", "tanh"] | None,
+        Literal["gelu", "leaky_relu", "relu", "sigmoid", "silu", "tanh"] | None,
         Meta(description="function between the layers of an mlp; none: relu"),
     ] = None
     layers: Annotated[
@@ -151,7 +185,10 @@ class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = "auto"
     lr: Annotated[
         Positive | None,
-        Meta(description="learning rate at the peak of the schedule; none: the update rule's own"),
+        Meta(
+            description="learning rate at the peak of the schedule; none: the update rule's own, but for sgd "
+            "0.01 with cnn and 0.03 with lenet"
+        ),
     ] = None
     momentum: Annotated[
         BelowOne | None, Meta(description="share of the last velocity that is kept; 0: none")

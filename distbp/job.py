@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distbp.data import Dataset, Order
+from distbp.data import Dataset, Order, Transform
 from distbp.nn import Network
 from distbp.optim import Optimizer
 
@@ -17,11 +17,13 @@ __all__ = ["SCALARS", "TAIL", "Job", "epoch_ends_at", "epoch_of"]
 
 LOSS, WEIGHT, CORRECT, STOP, SAVE = range(5)
 TAIL = 8
-"""Columns of the float64 tail that rides with the gradient; eight fill a cache line."""
+"""Columns of the float64 tail that rides with the gradient; eight fill a cache line.  Behind them come the
+statistics of the network."""
 
 SAMPLES, EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT, SKIPPED_IN_ROW, SKIPPED = range(6)
 SCALARS = 8
-"""Places in the scalar state: the sample cursor, sums since the last epoch's end, skipped steps."""
+"""Places in the scalar state: the sample cursor, sums since the last epoch's end, skipped steps.  Behind them
+come the averages of the network's statistics."""
 
 MAX_SKIPPED_IN_ROW = 3
 COMPUTE, REDUCE, UPDATE, EVALUATE, SAVING = range(1, 6)
@@ -48,6 +50,8 @@ class Job:
     keep: int
     log_samples: bool
     metadata: dict[str, Any]
+    augment: tuple[Transform, ...] = ()
+    """How the samples of a micro-batch are changed before they are trained on."""
     overlap: bool = True
     """Whether the exchange between hosts begins while backprop goes on."""
     bucket_bytes: int | None = None
@@ -58,6 +62,11 @@ class Job:
     def micro_batches(self) -> int:
         """Return M, the number of micro-batches in a global batch."""
         return self.batch_size // self.micro_batch
+
+    @property
+    def tail(self) -> int:
+        """Return the columns of the tail, statistics included."""
+        return TAIL + self.network.statistics_layout.size
 
 
 def epoch_ends_at(step: int, samples: int, batch_size: int) -> bool:

@@ -9,16 +9,19 @@ import json
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from distbp.checkpoint import Snapshot
 from distbp.data import ArrayDataset, Rows
 from distbp.errors import ConfigError, DataError
-from distbp.nn import Layer, Network
+from distbp.nn import Layer, Layout, Network
 from distbp.optim import Averaged
 
 __all__ = [
     "check_data",
     "check_kind_of_samples",
     "check_metadata",
+    "copy_tensors",
     "describe_layer",
     "describe_options",
     "too_many_workers",
@@ -74,6 +77,22 @@ def _check_classes(name: str, data: ArrayDataset, output_shape: tuple[int, ...])
         raise DataError(
             f"the {name} data have label {data.y[row]} in sample {row}, expected 0 to {classes - 1}"
         )
+
+
+def copy_tensors(snapshot: Snapshot, vector: str, layout: Layout, target: NDArray[Any]) -> None:
+    """Copy the tensors of a `vector` of the state from `snapshot` to `target`, laid out as `layout` says.
+
+    Raises ConfigError if they are not those of the model.
+    """
+    for name, view in zip(layout.names, layout.views(target), strict=True):
+        held = snapshot.tensors.get(f"{vector}/{name}")
+        if held is None or held.shape != view.shape:
+            got = "nothing" if held is None else f"shape {held.shape}"
+            raise ConfigError(
+                f"the model has {vector}/{name} of shape {view.shape}, the checkpoint has {got}: "
+                "it belongs to another model"
+            )
+        np.copyto(view, held)
 
 
 def check_metadata(metadata: dict[str, Any] | None) -> None:

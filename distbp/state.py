@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from distbp import checkpoint
 from distbp.arena import EMPTY, Arena
 from distbp.backends.base import Admission
-from distbp.job import Job
+from distbp.job import SCALARS, Job
 from distbp.transports.base import Transport
 
 __all__ = ["begin", "named_tensors", "share"]
@@ -35,6 +35,7 @@ def begin(arena: Arena, job: Job, admission: Admission) -> None:
             if name == "parameters":
                 job.network.initialise(vector, job.seed)
         arena.scalars(0).fill(0)
+        job.network.begin_statistics(arena.scalars(0)[SCALARS:])
     else:
         snapshot = checkpoint.load(admission.restore)
         step = snapshot.step
@@ -72,7 +73,13 @@ def named_tensors(arena: Arena, job: Job, step: int) -> dict[str, Array]:
         for vector, flat in arena.vectors(step).items()
         for name, view in zip(layout.names, layout.views(flat), strict=True)
     }
-    return tensors | {"scalars": arena.scalars(step)}
+    scalars = arena.scalars(step)
+    watched = job.network.statistics_layout
+    tensors |= {
+        f"statistics/{name}": view
+        for name, view in zip(watched.names, watched.views(scalars[SCALARS:]), strict=True)
+    }
+    return tensors | {"scalars": scalars[:SCALARS]}
 
 
 def _gather_words(arena: Arena, transport: Transport) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from distbp import checkpoint, evaluation
 from distbp.arena import Parked
 from distbp.backends.base import CallFinished, Membership, Plan, Seat
 from distbp.backends.launcher import claim
-from distbp.data import ArrayDataset, Order, Rows, fingerprint
+from distbp.data import ArrayDataset, Order, Rows, Transform, fingerprint
 from distbp.environment import describe_environment, limit_threads
 from distbp.errors import ConfigError, DataError, DistbpError, InputMissing, Stopped
 from distbp.job import SCALARS, TAIL, Job
@@ -35,6 +35,7 @@ from distbp.planning import (
     check_data,
     check_kind_of_samples,
     check_metadata,
+    copy_tensors,
     describe_layer,
     describe_options,
     too_many_workers,
@@ -86,6 +87,7 @@ class Trainer:
     of workers; `micro_batch` (default: batch_size / k, k at most 8) is the unit of work and of sameness, and
     bounds the workers.  `lr` is the rate of the default cosine schedule (None: that of the optimizer);
     `schedule` replaces both.  `threads` are BLAS threads of each worker, part of what decides about bits.
+    `augment` changes samples before they are trained on, as in `[distbp.data.Crop(4), distbp.data.Flip()]`.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Trainer:
         micro_batch: int | None = None,
         seed: int = 0,
         threads: int = 1,
+        augment: Sequence[Transform] = (),
     ) -> None:
         self.model = model
         self.loss = build_loss(loss) if isinstance(loss, str) else loss
@@ -122,8 +125,10 @@ class Trainer:
             )
         self.seed = seed
         self.threads = threads
+        self.augment = tuple(augment)
         self.network: Network | None = None
         self.parameters: NDArray[np.float32] | None = None
+        self.statistics: NDArray[np.float64] | None = None
 
     def fit(
         self,
@@ -195,6 +200,7 @@ class Trainer:
                 log_samples=log_samples,
                 overlap=overlap,
                 bucket_bytes=bucket_bytes,
+                augment=self.augment,
                 metadata=dict(metadata or {}) | {"identity": plan.identity, "environment": plan.environment},
                 banner=(lambda job, seat: "") if banner is None else banner,
             )
@@ -237,6 +243,12 @@ class Trainer:
             raise ConfigError(f"keep: expected at least 2, or 0 for all, got {keep!r}")
         network = self._build(train)
         check_data(network, train, validation)
+        if self.augment and self.model.takes_codes:
+            raise ConfigError(
+                "augmentation changes numbers, and the model takes codes; leave data.augment_* out"
+            )
+        for transform in self.augment:
+            transform.check(network.input_shape)
         micro_batches = self.batch_size // self.micro_batch
         if workers > micro_batches:
             raise ConfigError(too_many_workers(workers, self.batch_size, self.micro_batch))
@@ -259,8 +271,8 @@ class Trainer:
             vectors=("parameters", *self.optimizer.vectors),
             sums=len(norm.blocks(network.layout.borders())) * (1 + self.optimizer.num_sums),
             evaluation_rows=0 if validation is None else evaluation.num_batches(validation),
-            tail=TAIL,
-            scalars=SCALARS,
+            tail=TAIL + network.statistics_layout.size,
+            scalars=SCALARS + network.statistics_layout.size,
             max_restarts=max_restarts,
             config_toml=config_toml,
             environment=environment,
@@ -268,7 +280,9 @@ class Trainer:
 
     def _identity(self, network: Network) -> dict[str, Any]:
         """Return all options that decide about bits, as JSON values."""
-        return {
+        # Only where there is any, so that runs from before there was augmentation can be resumed.
+        augment = {"augment": [describe_options(part) for part in self.augment]} if self.augment else {}
+        return augment | {
             "seed": self.seed,
             "batch_size": self.batch_size,
             "micro_batch": self.micro_batch,
@@ -309,21 +323,15 @@ class Trainer:
         return self
 
     def take(self, network: Network, snapshot: checkpoint.Snapshot) -> None:
-        """Copy the parameters of `snapshot` into a vector for `network`; `ConfigError` if they do not fit.
+        """Copy parameters and statistics of `snapshot` for `network`; `ConfigError` if they do not fit.
 
-        Where the optimizer keeps an average of them, it is the average that is taken.
+        Where the optimizer keeps an average of the parameters, it is the average that is taken.
         """
-        vector = np.zeros(network.layout.size, np.float32)
-        for name, view in zip(network.layout.names, network.views(vector), strict=True):
-            held = snapshot.tensors.get(f"{self.optimizer.evaluated}/{name}")
-            if held is None or held.shape != view.shape:
-                got = "nothing" if held is None else f"shape {held.shape}"
-                raise ConfigError(
-                    f"the model has a parameter {name} of shape {view.shape}, the checkpoint has {got}: "
-                    "it belongs to another model"
-                )
-            np.copyto(view, held)
-        self.network, self.parameters = network, vector
+        parameters = np.zeros(network.layout.size, np.float32)
+        statistics = np.zeros(network.statistics_layout.size)
+        copy_tensors(snapshot, self.optimizer.evaluated, network.layout, parameters)
+        copy_tensors(snapshot, "statistics", network.statistics_layout, statistics)
+        self.network, self.parameters, self.statistics = network, parameters, statistics
 
     def _train(self, members: Membership, seat: Seat, job: Job) -> History:
         """Run the worker to the end of the call, through losses that happen while it ends."""
@@ -342,6 +350,7 @@ class Trainer:
                     break
             self.network = job.network
             self.parameters = seat.arena.vectors(result["steps"])[self.optimizer.evaluated]
+            self.statistics = seat.arena.scalars(result["steps"])[SCALARS:]
         finally:
             worker.close()
         return _history(result)
@@ -353,9 +362,10 @@ class Trainer:
 
     def ready(self) -> Network:
         """Return the network with the trained parameters in place."""
-        if self.network is None or self.parameters is None:
+        if self.network is None or self.parameters is None or self.statistics is None:
             raise ConfigError("nothing is trained yet; call fit, or load a checkpoint with Trainer.load")
         self.network.use(self.network.views(self.parameters))
+        self.network.use_statistics(self.statistics)
         return self.network
 
     def _ready_for(self, dataset: ArrayDataset) -> Network:

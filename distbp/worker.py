@@ -46,6 +46,7 @@ from distbp.job import (
     REDUCE,
     SAMPLES,
     SAVE,
+    SCALARS,
     SKIPPED,
     SKIPPED_IN_ROW,
     STOP,
@@ -131,7 +132,7 @@ class Worker:
         job, local = self.job, self.seat.local_rank
         self._gradient = MicroBatchSum(self.first, self.last, self.arena.slots[local])
         self._tail = MicroBatchSum(self.first, self.last, self.arena.tails[local])
-        self._tail_rows = np.zeros((self.last - self.first, TAIL))
+        self._tail_rows = np.zeros((self.last - self.first, job.tail))
         self._views = self._views_of("parameters")
         job.network.send_gradients_to(self._collect)
 
@@ -214,6 +215,7 @@ class Worker:
         trial = MicroBatchSum(0, 1, [vector])
         indices = job.order.indices(0, job.micro_batch)
         x, y = job.train.batch(indices)
+        self._augment(x[None], 0, 0)
         job.network.use(self._views[self.step & 1])
         job.network.send_gradients_to(lambda p, leaf: trial.collect(p.offset, p.shape, leaf))
         job.network.loss_and_gradient(x[None], y[None], Context(True, job.seed, 0, 0))
@@ -311,6 +313,7 @@ class Worker:
         indices = job.order.indices(position, count * job.micro_batch)
         job.train.batch(indices, self._x, self._y)
         shape = (count, job.micro_batch)
+        self._augment(self._x.reshape(shape + self._x.shape[1:]), step, self.first)
         job.network.use(self._views[step & 1])
         sums = job.network.loss_and_gradient(
             self._x.reshape(shape + self._x.shape[1:]),
@@ -318,12 +321,19 @@ class Worker:
             Context(True, job.seed, step, self.first),
         )
         rows[:, LOSS], rows[:, WEIGHT], rows[:, CORRECT] = sums.loss, sums.weight, sums.correct
+        job.network.write_statistics(rows[:, TAIL:])
         rows[0, STOP] = self.arena.stop_requested
         if self.seat.rank == 0:
             rows[0, SAVE] = self._save_is_late()
         bad = np.flatnonzero(~np.isfinite(sums.loss))
         self.arena.mark_bad(self.first + int(bad[0]) if len(bad) else -1)
-        self._tail.collect(0, (TAIL,), lambda low, high, out: np.copyto(out, rows[low:high]))
+        self._tail.collect(0, (job.tail,), lambda low, high, out: np.copyto(out, rows[low:high]))
+
+    def _augment(self, x: Array, step: int, first: int) -> None:
+        """Change the samples of the stacked micro-batches, the first of which has the number `first`."""
+        for transform in self.job.augment:
+            for number, micro_batch in enumerate(x, first):
+                transform(micro_batch, self.job.seed, step, number)
 
     def _save_is_late(self) -> bool:
         """Return whether the time between two saves is over; asked by rank 0, answered to all in the tail."""
@@ -342,7 +352,7 @@ class Worker:
     def _update(self, tail: NDArray[np.float64]) -> None:
         """Write the next generation of the lane and, by the host's first worker, of the scalars."""
         arena, step = self.arena, self.step
-        accepted = self._lane.is_finite() and bool(np.isfinite(tail[LOSS])) and tail[WEIGHT] > 0
+        accepted = self._lane.is_finite() and bool(np.isfinite(tail).all()) and tail[WEIGHT] > 0
         if not accepted:
             self._lane.copy(step)
         else:
@@ -368,6 +378,7 @@ class Worker:
         if accepted:
             following[[EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT]] += tail[[LOSS, WEIGHT, CORRECT]]
             following[SKIPPED_IN_ROW] = 0
+            job.network.move_statistics(following[SCALARS:], tail[TAIL:] / job.micro_batches)
         else:
             following[[SKIPPED_IN_ROW, SKIPPED]] += 1
 

@@ -57,6 +57,7 @@ ISLANDS = ("nn", "optim", "data", "checkpoint", "transports")
 ONLY_IN = {
     "mpi4py": {"transports.mpi", "backends.mpi"},
     "ray": {"backends.ray"},
+    "PIL": {"data.image_folder"},
 }
 """Optional packages, imported lazily and only where a backend or transport is made of them."""
 

@@ -444,12 +444,9 @@ def test_every_key_is_explained() -> None:
     described = describe()
     assert [entry.key for entry in described] == list(keys())
     assert all(entry.type and entry.default and entry.description for entry in described)
-    assert (
-        next(entry for entry in described if entry.key == "optimizer.lr").type
-        == 'a finite number > 0, or "none"'
-    )
+    assert next(entry for entry in described if entry.key == "schedule.power").type == "a finite number > 0"
     definitions = json.loads(json.dumps(schema()))["$defs"]
-    assert definitions["Optimizer"]["properties"]["lr"]["anyOf"][0]["exclusiveMinimum"] == 0
+    assert definitions["Schedule"]["properties"]["power"]["exclusiveMinimum"] == 0
     assert definitions["Optimizer"]["additionalProperties"] is False
     template = to_toml(Config(), comments=True)
     assert all(entry.description in template for entry in described)

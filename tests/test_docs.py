@@ -32,6 +32,9 @@ ALTERNATIVES: dict[str, object] = {
     "data.validation_fraction": 0.2,
     "data.split": "tail",
     "data.normalize": "none",
+    "data.augment_crop": 1,
+    "data.augment_flip": True,
+    "data.augment_noise": 0.1,
     "model.name": "linear",
     "model.hidden": [8],
     "model.activation": "tanh",
@@ -76,6 +79,7 @@ ALTERNATIVES: dict[str, object] = {
 """Key -> a value that is not its default, for the built-in digits."""
 
 NO_ALTERNATIVE = {
+    "data.image_size": "the digits are no image files, which is refused at any start; samples are compared",
     "data.path": "the samples are compared, not the name of the file",
     "data.target": "the same; a column that gives other targets gives other samples",
     "data.validation": "the same for the validation samples",

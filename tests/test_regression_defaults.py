@@ -155,6 +155,17 @@ def test_the_task_decides_only_where_nothing_was_given() -> None:
     assert build_trainer(default, numbers).clip_norm == 1.0
 
 
+def test_the_model_decides_the_learning_rate_where_none_was_given() -> None:
+    """Most models begin at 0.1, plain convolutional networks lower, and a given rate stays."""
+    digits = prepare(
+        load("digits"), validation_fraction=0.1, split="random", normalize="auto", seed=0
+    ).preprocessing
+    for name, given, wanted in (("mlp", None, 0.1), ("lenet", None, 0.03), ("lenet", 0.2, 0.2)):
+        overrides = [f"model.name={name}"] + [f"optimizer.lr={given}"] * (given is not None)
+        config = configuration.resolve(overrides=overrides).config
+        assert with_task_defaults(config, digits).optimizer.lr == wanted
+
+
 def test_the_command_trains_predicts_and_says_what_it_chose(distbp, tmp_path: Path) -> None:
     """Targets around 10^5 are learnt with defaults and predicted in their unit; the limit is on record."""
     x, y = PROBLEMS["large and far from zero"]

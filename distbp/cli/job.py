@@ -30,6 +30,7 @@ from distbp.data import (
     pack,
     pack_datasets,
     prepare,
+    transforms,
     unpack_datasets,
 )
 from distbp.errors import ConfigError
@@ -69,6 +70,13 @@ LOSSES_FOR = {
 }
 """Task -> the losses that fit it, the natural one first."""
 
+LR_OF = {"cnn": 0.01, "lenet": 0.03}
+"""`optimizer.lr` for SGD where none was given, for the models that need a lower one than SGD's own.
+
+Convolutions share their weights over all places of an image, so their gradients add up, and without a norm
+behind them nothing takes that back: cnn learns nothing at 0.03, and lenet ends worse at 0.1 (docs/LOG.md).
+"""
+
 
 @dataclass(frozen=True)
 class PackedJob:
@@ -81,7 +89,7 @@ class PackedJob:
 def load_data(config: Config) -> Prepared:
     """Read, check, split and normalise the data that the configuration names."""
     data = config.data
-    options = Options(context=data.context, level=data.level, stride=data.stride)
+    options = Options(context=data.context, level=data.level, stride=data.stride, image_size=data.image_size)
     sources = load(data.path, target=data.target, options=options)
     if data.validation is not None:
         other = load(data.validation, target=data.target, schema=sources.train.schema)
@@ -112,7 +120,7 @@ def completed(config: Config, prepared: Prepared) -> Config:
 
 
 def with_task_defaults(config: Config, preprocessing: Preprocessing) -> Config:
-    """Return the configuration with the values that the task decides where none was given."""
+    """Return the configuration with the values that task and model decide where none was given."""
     model, optimizer = config.model, config.optimizer
     if model.name == "auto":
         model = msgspec.structs.replace(model, name=natural_model(preprocessing))
@@ -120,7 +128,9 @@ def with_task_defaults(config: Config, preprocessing: Preprocessing) -> Config:
         chosen = "adamw" if model.name == "transformer" else "sgd"
         optimizer = msgspec.structs.replace(optimizer, name=chosen)
     if optimizer.lr is None:
-        optimizer = msgspec.structs.replace(optimizer, lr=OPTIMIZERS[optimizer.name].default_lr)
+        lr = OPTIMIZERS[optimizer.name].default_lr
+        lr = LR_OF.get(model.name, lr) if optimizer.name == "sgd" else lr
+        optimizer = msgspec.structs.replace(optimizer, lr=lr)
     if optimizer.clip_norm is None and preprocessing.task != "classification":
         optimizer = msgspec.structs.replace(optimizer, clip_norm=CLIP_NORM_FOR_NUMBERS)
     decided = msgspec.structs.replace(config, model=model, optimizer=optimizer)
@@ -152,6 +162,9 @@ def build_trainer(config: Config, preprocessing: Preprocessing) -> Trainer:
         micro_batch=config.train.micro_batch,
         seed=config.seed,
         threads=config.run.threads,
+        augment=transforms(
+            crop=config.data.augment_crop, flip=config.data.augment_flip, noise=config.data.augment_noise
+        ),
     )
 
 

@@ -4,6 +4,7 @@
 there; the tests of the contract then run over it by themselves.
 """
 
+from distbp.data.augment import Crop, Flip, Noise, Transform, transforms
 from distbp.data.base import Dataset, Options, Request, Source, Sources
 from distbp.data.fingerprint import fingerprint
 from distbp.data.load import BUILT_INS, SOURCES, load
@@ -20,7 +21,10 @@ __all__ = [
     "BUILT_INS",
     "SOURCES",
     "ArrayDataset",
+    "Crop",
     "Dataset",
+    "Flip",
+    "Noise",
     "Options",
     "Order",
     "Prepared",
@@ -29,6 +33,7 @@ __all__ = [
     "Rows",
     "Source",
     "Sources",
+    "Transform",
     "attach",
     "fingerprint",
     "load",
@@ -37,6 +42,7 @@ __all__ = [
     "permute",
     "prepare",
     "split",
+    "transforms",
     "treated",
     "unpack_datasets",
 ]

@@ -35,6 +35,7 @@ class Options:
     """
 
     context: int = 64
+    image_size: int | None = None
     level: str = "char"
     stride: int | None = None
 
@@ -112,8 +113,9 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Format:
-    """One format: the two functions of its module and the words by which messages name it."""
+    """One format: the two functions of its module, the words by which messages name it, and its options."""
 
     description: str
     matches: Callable[[Path], bool]
     read: Callable[[Request], Sources]
+    options: tuple[str, ...] = ()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import difflib
 import stat
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
-from distbp.data import arrays, idx, table, text
+from distbp.data import arrays, idx, image_folder, table, text
 from distbp.data.base import Format, Options, Request, Schema, Sources
 from distbp.data.digits import read_digits
 from distbp.errors import ConfigError, DataError, InputMissing
@@ -21,8 +22,16 @@ __all__ = ["BUILT_INS", "SOURCES", "load"]
 SOURCES: dict[str, Format] = {
     "idx": Format("IDX files as MNIST has them (also .gz)", idx.matches, idx.read),
     "arrays": Format("NumPy arrays x and y (.npz, or x.npy and y.npy)", arrays.matches, arrays.read),
+    "images": Format(
+        "folders of image files, one for each class",
+        image_folder.matches,
+        image_folder.read,
+        options=("image_size",),
+    ),
     "table": Format("tables with a header line (.csv, .tsv)", table.matches, table.read),
-    "text": Format("texts for language models (.txt)", text.matches, text.read),
+    "text": Format(
+        "texts for language models (.txt)", text.matches, text.read, options=("context", "level", "stride")
+    ),
 }
 
 BUILT_INS: dict[str, Callable[[Request], Sources]] = {"digits": read_digits}
@@ -47,6 +56,7 @@ def load(
     request = Request(Path(path), target, schema, labelled, options or Options())
     if path in BUILT_INS:
         _refuse_target(request)
+        _refuse_options(request, ())
         return BUILT_INS[path](request)
     try:
         kind = request.path.stat().st_mode
@@ -75,6 +85,7 @@ def _read(request: Request) -> Sources:
         if source.matches(request.path):
             if name != "table":
                 _refuse_target(request)
+            _refuse_options(request, source.options)
             return source.read(request)
     known = "; ".join(source.description for source in SOURCES.values())
     if request.path.is_dir():
@@ -92,6 +103,19 @@ def _refuse_target(request: Request) -> None:
         raise ConfigError(
             f"--target {request.target!r}: expected a table (.csv, .tsv) to take the column from, got "
             f"{str(request.path)!r}, which has no columns; leave --target out"
+        )
+
+
+def _refuse_options(request: Request, known: tuple[str, ...]) -> None:
+    """Raise ConfigError if an option was given that means nothing to the format of these data."""
+    for field in fields(request.options):
+        value = getattr(request.options, field.name)
+        if field.name in known or value == field.default:
+            continue
+        owners = [source.description for source in SOURCES.values() if field.name in source.options]
+        raise ConfigError(
+            f"data.{field.name} = {value!r}: expected {' or '.join(owners)}, got {str(request.path)!r}; "
+            "leave the key out"
         )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from distbp.errors import ConfigError
 from distbp.nn import initial
-from distbp.nn.activations import GELU, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from distbp.nn.activations import GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Softmax, Tanh
 from distbp.nn.blocks import Sequential
+from distbp.nn.images import cnn, lenet, resnet20, resnet32, resnet56
 from distbp.nn.layer import Initial, Layer
 from distbp.nn.linear import Linear
 from distbp.nn.losses import BinaryCrossEntropy, Huber, Loss, MeanSquaredError, SoftmaxCrossEntropy
@@ -29,6 +30,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[], Layer], Initial]] = {
     "leaky_relu": (LeakyReLU, initial.he_normal),
     "relu": (ReLU, initial.he_normal),
     "sigmoid": (Sigmoid, initial.glorot_uniform),
+    "silu": (SiLU, initial.he_normal),
     "softmax": (Softmax, initial.glorot_uniform),
     "tanh": (Tanh, initial.glorot_uniform),
 }
@@ -57,10 +59,15 @@ def linear(*, outputs: int, hidden: Sequence[int] = (), activation: str = "relu"
 
 
 MODELS: dict[str, Callable[..., Layer]] = {
+    "cnn": cnn,
     "gru": gru,
+    "lenet": lenet,
     "linear": linear,
     "lstm": lstm,
     "mlp": mlp,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet56": resnet56,
     "transformer": transformer,
 }
 """Name -> function of the keyword `outputs` and of the options that mean something to the model."""
@@ -77,8 +84,8 @@ def build_model(name: str, *, outputs: int, **options: Any) -> Layer:
     for option, value in given.items():
         if option not in known:
             raise ConfigError(
-                f"model.{option}: the model {name!r} has no such option, got {value!r}; it has "
-                f"{', '.join(known) or 'none'}"
+                f"model.{option}: the model {name!r} has no such option, got {value!r}; "
+                f"it has {', '.join(known) or 'none'}"
             )
     return make(outputs=outputs, **given)
 

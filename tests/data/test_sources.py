@@ -90,7 +90,17 @@ def make_text(folder: Path) -> str:
     return str(folder / "story.txt")
 
 
+def make_image_folder(folder: Path) -> str:
+    """A folder of images for each of three classes."""
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install 'distbp[image]'")
+    for number, (pixels, label) in enumerate(zip(images(30), labels(30), strict=True)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        image.fromarray(pixels).save(folder / str(label) / f"{number}.png")
+    return str(folder)
+
+
 MAKERS = {
+    "image folder": make_image_folder,
     "digits": make_digits,
     "idx": make_idx,
     "idx.gz": make_idx_compressed,

@@ -27,6 +27,8 @@ LAYERS: dict[str, tuple[Callable[[], Layer], Shape]] = {
     "linear of one output": (lambda: nn.Linear(1), (17,)),
     "linear of one input": (lambda: nn.Linear(6), (1,)),
     "linear, wide": (lambda: nn.Linear(64), (130,)),
+    "as image": (nn.AsImage, (3, 4)),
+    "as image with channels": (nn.AsImage, (3, 4, 2)),
     "flatten": (nn.Flatten, (2, 3, 4)),
     "flatten a scalar": (nn.Flatten, ()),
     "relu": (nn.ReLU, (13,)),
@@ -34,11 +36,45 @@ LAYERS: dict[str, tuple[Callable[[], Layer], Shape]] = {
     "tanh": (nn.Tanh, (3, 5)),
     "sigmoid": (nn.Sigmoid, (13,)),
     "gelu": (nn.GELU, (13,)),
+    "silu": (nn.SiLU, (13,)),
     "softmax": (nn.Softmax, (11,)),
     "softmax of images": (nn.Softmax, (3, 4)),
+    "reshape": (lambda: nn.Reshape(4, -1), (2, 3, 2)),
+    "transpose": (lambda: nn.Transpose(1, 2, 0), (3, 4, 5)),
+    "conv2d": (lambda: nn.Conv2d(5, 3, padding="same"), (7, 6, 3)),
+    "conv2d of one number": (lambda: nn.Conv2d(1, 1), (1, 1, 1)),
+    "conv2d without padding or bias": (lambda: nn.Conv2d(3, 2, bias=False), (5, 4, 2)),
+    "conv2d, stride": (lambda: nn.Conv2d(4, 3, stride=2, padding=1), (8, 7, 3)),
+    "conv2d, stride beyond the window": (lambda: nn.Conv2d(4, 1, stride=3), (8, 7, 3)),
+    "conv2d, groups": (lambda: nn.Conv2d(6, 3, padding=1, groups=2), (6, 5, 4)),
+    "conv2d, groups and stride": (lambda: nn.Conv2d(6, 3, stride=2, padding=1, groups=3), (6, 5, 3)),
+    "conv2d of each channel": (lambda: nn.Conv2d(5, 3, padding=1, groups=5), (6, 5, 5)),
+    "conv2d, oblong": (lambda: nn.Conv2d(3, (1, 4), stride=(2, 1), padding=(0, 2)), (5, 6, 2)),
+    "conv2d, padding beyond the window": (lambda: nn.Conv2d(3, 2, padding=3), (4, 4, 2)),
+    # Large enough for stacks of rows in a product and several parts in a micro-batch of 16.
+    "conv2d, wide": (lambda: nn.Conv2d(16, 3, padding=1), (16, 16, 16)),
+    "conv1d": (lambda: nn.Conv1d(5, 4, padding=2), (9, 3)),
+    "conv1d, stride and groups": (lambda: nn.Conv1d(4, 3, stride=2, groups=2), (9, 6)),
+    "max pool 2d": (lambda: nn.MaxPool2d(2), (6, 4, 3)),
+    "max pool 2d, odd": (lambda: nn.MaxPool2d((2, 3)), (7, 7, 2)),
+    "max pool 2d, overlapping": (lambda: nn.MaxPool2d(3, stride=2), (7, 6, 2)),
+    "max pool 1d": (lambda: nn.MaxPool1d(2), (7, 3)),
+    "avg pool 2d": (lambda: nn.AvgPool2d(2), (6, 5, 3)),
+    "avg pool 2d, overlapping": (lambda: nn.AvgPool2d(3, stride=1), (5, 5, 2)),
+    "avg pool 1d": (lambda: nn.AvgPool1d(3), (7, 3)),
+    "global avg pool": (nn.GlobalAvgPool, (5, 4, 3)),
+    "batch norm of images": (nn.BatchNorm, (4, 4, 3)),
+    "batch norm of sequences": (nn.BatchNorm, (7, 5)),
+    "batch norm of vectors": (nn.BatchNorm, (6,)),
+    "dropout": (lambda: nn.Dropout(0.4), (5, 7)),
+    "dropout of nothing": (lambda: nn.Dropout(0.0), (5,)),
     "sequential": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(7), nn.Tanh(), nn.Linear(3)), (2, 3)),
     "sequential of nothing": (nn.Sequential, (4,)),
     "residual": (lambda: nn.Residual(nn.Sequential(nn.Linear(6), nn.GELU(), nn.Linear(5))), (5,)),
+    "residual with a shortcut": (
+        lambda: nn.Residual(nn.Sequential(nn.Linear(6), nn.GELU(), nn.Linear(3)), nn.Linear(3)),
+        (5,),
+    ),
     "parallel": (lambda: nn.Parallel(nn.Linear(3), nn.Sequential(nn.Linear(4), nn.Tanh()), nn.ReLU()), (5,)),
     "nested": (
         lambda: nn.Sequential(
@@ -86,9 +122,18 @@ LAYERS: dict[str, tuple[Callable[[], Layer], Shape]] = {
         ),
         (6,),
     ),
+    "lenet": (lambda: nn.lenet(outputs=10, hidden=(20,)), (8, 8)),
+    "cnn": (lambda: nn.cnn(outputs=3, hidden=(12,)), (8, 9, 3)),
+    "resnet": (lambda: nn.resnet(outputs=3, blocks=1, widths=(3, 4, 5)), (8, 8, 2)),
 }
 
 TRAINING = Context(training=True)
+
+NEED_TWO_SAMPLES = {"batch norm of vectors"}
+"""One sample has no variance, and the layer refuses it."""
+
+KNOW_THE_MODE = {"dropout", "resnet", *(name for name in LAYERS if name.startswith("batch norm"))}
+"""Evaluation is meant to give something else than training."""
 
 
 def network_of(name: str) -> nn.Network:
@@ -103,6 +148,9 @@ def start(network: nn.Network, dtype: type = np.float32) -> Array:
     network.initialise(vector, 3)
     vector += 0.1 * np.random.default_rng(3).normal(size=vector.size)
     network.use(network.views(vector))
+    averages = np.empty(network.statistics_layout.size)
+    network.begin_statistics(averages)
+    network.use_statistics(averages)
     return vector
 
 

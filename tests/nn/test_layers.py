@@ -9,7 +9,9 @@ from distbp import nn
 from distbp.nn import Array, Context
 
 from .layer_examples import (
+    KNOW_THE_MODE,
     LAYERS,
+    NEED_TWO_SAMPLES,
     TRAINING,
     Recorder,
     network_of,
@@ -22,11 +24,14 @@ from .layer_examples import (
 MICRO_BATCHES = (1, 5, 16)
 
 
-def run(network: nn.Network, x: Array, dy: Array) -> tuple[Array, Array, Recorder]:
-    """Return copies of y and dx, and what the leaves wrote; codes have no dx, and zeros stand for it."""
+def run(network: nn.Network, x: Array, dy: Array, first: int = 0) -> tuple[Array, Array, Recorder]:
+    """Return copies of y and dx, and what the leaves wrote; micro-batches are numbered from `first`.
+
+    Codes have no dx, and zeros stand for it.
+    """
     recorder = Recorder(x.shape[0])
     network.send_gradients_to(recorder)
-    y = network.forward(x, TRAINING).copy()
+    y = network.forward(x, Context(training=True, first_micro_batch=first)).copy()
     dx = network.layer.backward(dy)
     if network.layer.takes_codes:
         assert dx is None
@@ -50,14 +55,21 @@ def test_gradient(name):
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", LAYERS)
 def test_stacked_equals_single(name, num_micro_batches, b):
-    """Output, dx and gradients of a micro-batch have the same bits stacked with others and alone."""
+    """Output, dx, gradients and statistics of a micro-batch have the same bits stacked and alone."""
+    if b == 1 and name in NEED_TWO_SAMPLES:
+        pytest.skip("one sample has no variance")
     network = network_of(name)
     start(network)
     x = samples_for(network, num_micro_batches, b)
     dy = random_stack(num_micro_batches, b, network.output_shape, seed=2)
     y, dx, gradients = run(network, x, dy)
+    observed = np.zeros((num_micro_batches, network.statistics_layout.size))
+    network.write_statistics(observed)
     for g in range(num_micro_batches):
-        y_g, dx_g, gradients_g = run(network, x[g : g + 1], dy[g : g + 1])
+        y_g, dx_g, gradients_g = run(network, x[g : g + 1], dy[g : g + 1], g)
+        observed_g = np.zeros((1, network.statistics_layout.size))
+        network.write_statistics(observed_g)
+        assert same_bits(observed[g : g + 1], observed_g)
         assert same_bits(y[g : g + 1], y_g)
         assert same_bits(dx[g : g + 1], dx_g)
         for tensor in network.layout.names:
@@ -160,7 +172,9 @@ def test_dtype_and_shapes(name):
         dx = network.layer.backward(trained)
         assert (trained.dtype, trained.shape) == (dtype, (2, 3, *network.output_shape))
         assert dx is None if network.layer.takes_codes else (dx.dtype, dx.shape) == (dtype, x.shape)
-        assert same_bits(network.forward(x, Context(training=False)), trained)
+        evaluated = network.forward(x, Context(training=False))
+        assert (evaluated.dtype, evaluated.shape) == (dtype, trained.shape)
+        assert same_bits(evaluated, trained) == (name not in KNOW_THE_MODE)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +186,11 @@ def test_dtype_and_shapes(name):
         ("residual", 60),
         ("parallel", 35),
         ("mlp", 6464),
+        ("conv2d", 7 * 6 * 9 * 3 * 5),
+        ("conv2d, stride", 4 * 4 * 9 * 3 * 4),
+        ("conv2d, groups", 6 * 5 * 9 * 2 * 6),
+        ("conv1d", 10 * 4 * 3 * 5),
+        ("batch norm of images", 0),
     ],
 )
 def test_multiply_adds(name, expected):
