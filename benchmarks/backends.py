@@ -2,10 +2,10 @@
 
 One host, two workers of one thread, the networks of the speed table: mlp-m 784-1024-1024-10 at batch 256 and
 mlp-l 784-4096-4096-10 at batch 128, micro-batches of half a batch, momentum 0.9.  Backends alternate, so that
-a busy minute of the machine hits all of them; the table gives the medians of `step_ms_median` and the ratio to
-`local` of each round, and says whether all ended with the same parameters.
+a busy minute of the machine hits all of them; the table gives the medians of `step_ms_median` and the ratio
+to `local` of each round, and says whether all ended with the same parameters.
 
-The environments are those of `make mpi-environments` and `make .venv-ray/.installed`, or where MPICH_PREFIX,
+The environments are those of `make mpi-environments` and `make ray-environment`, or where MPICH_PREFIX,
 OPENMPI_PREFIX and RAY_PREFIX say.  Unset OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE, as users have them.
 """
 

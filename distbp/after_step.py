@@ -46,12 +46,18 @@ class AfterStep:
                 seat.admission.out / "checkpoints",
                 keep=job.keep,
                 start=seat.admission.start,
+                every_seconds=job.checkpoint_every_seconds,
                 report=seat.report,
             )
 
     def is_due(self, step: int) -> bool:
         """Return whether evaluation, an epoch's record or a save belongs to `step` by the plan alone."""
         return self._ends_epoch(step) or self._saves_at(step)
+
+    def save_is_due(self) -> bool:
+        """Return whether the time between two saves is over (rank 0); ends a run that cannot save."""
+        self.arena.saved = self.saver.saved_step
+        return self.saver.is_due()
 
     def finish(self, step: int, *, save: bool, stop: bool, transport: Transport | None) -> None:
         """Evaluate, record and save what is due at `step`, or asked for; then say that it is done."""
@@ -65,10 +71,9 @@ class AfterStep:
                 self.progress.epoch(step, arena.scalars(step), validation, self.records)
             last = stop or step >= job.total_steps
             if save or last or self._saves_at(step):
-                arena.progress(SAVING)
                 self._save(step)
                 if last:
-                    self.saver.wait_durable(step)
+                    self.saver.wait_durable(step, self._waiting)
                 arena.saved = self.saver.saved_step
         if self.seat.local_rank == 0:
             arena.done = step
@@ -156,4 +161,9 @@ class AfterStep:
         """Begin to write the state of this step."""
         world = {"world_size": self.seat.size, "hosts": len(self.seat.host_sizes)}
         tensors = state.named_tensors(self.arena, self.job, step)
-        self.saver.save(step, tensors, self.job.metadata | {"world": world})
+        self._waiting()
+        self.saver.save(step, tensors, self.job.metadata | {"world": world}, self._waiting)
+
+    def _waiting(self) -> None:
+        """Say that this worker is not stuck: it waits for the disk."""
+        self.arena.progress(SAVING)

@@ -41,7 +41,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distbp.barrier import ATTEMPT_WORD, FIRST_LINE_WORD, LINE_WORDS, PARK_WORD, Barrier, Parked, nap, wake
+from distbp.barrier import (
+    ATTEMPT_WORD,
+    FIRST_LINE_WORD,
+    LINE_WORDS,
+    LOOKS_WORD,
+    PARK_WORD,
+    Barrier,
+    Parked,
+    nap,
+    wake,
+)
 from distbp.errors import EnvironmentMismatch, WorkerLost
 from distbp.partition import round_up
 
@@ -152,6 +162,7 @@ class Arena:
             {name: arrays[f"{name}/{generation}"] for name in layout.vectors} for generation in (0, 1)
         ]
         if rank is not None:
+            self._my_progress = self._line(rank) + _LINE_PROGRESS
             self.barrier = Barrier(self._words, self._address, rank, layout.workers, deadline_s)
 
     @classmethod
@@ -179,6 +190,11 @@ class Arena:
     def attach(cls, descriptor: int, layout: ArenaLayout, rank: int, deadline_s: float = 300.0) -> Arena:
         """Join an arena that another process created, as local worker `rank`; takes over `descriptor`."""
         return cls(descriptor, layout, rank, deadline_s)
+
+    @classmethod
+    def adopt(cls, descriptor: int, layout: ArenaLayout) -> Arena:
+        """Become the keeper of an arena whose keeper is gone, as it is; takes over `descriptor`."""
+        return cls(descriptor, layout, None, 0.0)
 
     def vectors(self, step: int) -> dict[str, NDArray[np.float32]]:
         """Return the state vectors of the generation that holds the state after `step` steps."""
@@ -245,14 +261,18 @@ class Arena:
     def progress(self, phase: int) -> None:
         """Count one unit of progress of this worker and name the phase that begins."""
         assert self.rank is not None, "the keeper makes no progress"
-        line = self._line(self.rank)
-        self._longs[line + _LINE_PROGRESS] += 1
-        self._longs[line + _LINE_PHASE] = phase
+        self._longs[self._my_progress] += 1
+        self._longs[self._my_progress - _LINE_PROGRESS + _LINE_PHASE] = phase
+
+    def count_unit(self) -> None:
+        """Count one unit of progress of this worker."""
+        self._longs[self._my_progress] += 1
 
     def progress_of(self, worker: int) -> tuple[int, int]:
-        """Return `(units of progress, phase)` of a worker."""
+        """Return `(units of progress, phase)` of a worker; looks at others while it waits count as units."""
         line = self._line(worker)
-        return self._longs[line + _LINE_PROGRESS], self._longs[line + _LINE_PHASE]
+        looks = self._words[2 * line + LOOKS_WORD]
+        return self._longs[line + _LINE_PROGRESS] + looks, self._longs[line + _LINE_PHASE]
 
     def mark_ready(self, step: int, buckets: int) -> None:
         """Say that this worker has finished the gradients of the first `buckets` buckets of `step`."""
@@ -326,6 +346,7 @@ class Arena:
                 told, until = announced, time.monotonic() + deadline_s
                 parked(announced)
             nap(self._address + 4 * ATTEMPT_WORD, attempt)
+            self.count_unit()
             check()
             if time.monotonic() > until:
                 raise WorkerLost(

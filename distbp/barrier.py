@@ -27,11 +27,22 @@ import ctypes
 import os
 import platform
 import sys
+import threading
 import time
 
 from distbp.errors import WorkerLost
 
-__all__ = ["ATTEMPT_WORD", "FIRST_LINE_WORD", "LINE_WORDS", "PARK_WORD", "Barrier", "Parked", "wake"]
+__all__ = [
+    "ATTEMPT_WORD",
+    "FIRST_LINE_WORD",
+    "LINE_WORDS",
+    "LOOKS_WORD",
+    "PARK_WORD",
+    "Barrier",
+    "Parked",
+    "nap",
+    "wake",
+]
 
 PARK_WORD = 0
 ATTEMPT_WORD = 1
@@ -39,7 +50,8 @@ FIRST_LINE_WORD = 1024
 LINE_WORDS = 64
 """Words of 32 bits: the control words stand in the first page, then 256 bytes for each worker."""
 
-_ARRIVED, _SLEEPERS = 0, 1
+_ARRIVED, _SLEEPERS, LOOKS_WORD = 0, 1, 2
+"""Places in a worker's line: the round it has come to, who sleeps on that, how often it looked at others."""
 _SPINS = range(100)
 _YIELDS = range(150)
 NAP_S = 0.02
@@ -92,6 +104,7 @@ class Barrier:
             (other, FIRST_LINE_WORD + LINE_WORDS * other) for other in range(size) if other != rank
         ]
         self._round = 0
+        self._thread = threading.get_ident()
         self.deadline_s = deadline_s
         self.first_rank = 0
         self.attempt = 0
@@ -128,7 +141,7 @@ class Barrier:
             seen = words[line]
             if seen >= number:
                 return
-            self.check_parked()
+            self.look()
             nap(self._address + 4 * line, seen)
             if words[line] < number and time.monotonic() > until:
                 raise WorkerLost(
@@ -140,6 +153,16 @@ class Barrier:
         """Make this worker's writes visible before what it writes next; nothing to do on x86."""
         if not _STRONG_ORDER:
             wake(self._address + 4 * self._mine)
+
+    def look(self) -> None:
+        """Say that this worker waits and is not stuck; raise `Parked` if a new attempt was announced.
+
+        Only the thread that trains may say so: whoever waits beside it proves nothing.
+        """
+        if threading.get_ident() == self._thread:
+            looks = self._mine + LOOKS_WORD
+            self._words[looks] = (self._words[looks] + 1) & 0xFFFFFFFF
+        self.check_parked()
 
     def check_parked(self) -> None:
         """Raise `Parked` if a new attempt was announced."""

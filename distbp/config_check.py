@@ -78,9 +78,11 @@ def _key(path: str, field: inspect.Field) -> Key:
     while isinstance(declared, inspect.Metadata):
         description = (declared.extra_json_schema or {}).get("description", description)
         declared = declared.type
-    optional = isinstance(declared, inspect.UnionType)
+    optional = False
     if isinstance(declared, inspect.UnionType):
-        (declared,) = (member for member in declared.types if not isinstance(member, inspect.NoneType))
+        members = tuple(member for member in declared.types if not isinstance(member, inspect.NoneType))
+        optional = len(members) < len(declared.types)
+        declared = members[0] if len(members) == 1 else inspect.UnionType(members)
     assert description, f"{path} has no description in config_schema.py"
     return Key(path, declared, optional, field.default, description)
 
@@ -132,11 +134,15 @@ def _fits(kind: inspect.Type, value: object) -> bool:
                 and (kind.min_length or 0) <= len(value) <= (kind.max_length or math.inf)
                 and all(_fits(kind.item_type, item) for item in value)
             )
+        case inspect.UnionType():
+            return any(_fits(member, value) for member in kind.types)
     raise AssertionError(f"config_check.py does not know how to check {kind!r}")
 
 
 def _stored(kind: inspect.Type, value: object) -> object:
     """Turn a fitting value into its stored form: numbers of float keys into float, lists into tuples."""
+    if isinstance(kind, inspect.UnionType):
+        return _stored(next(member for member in kind.types if _fits(member, value)), value)
     if isinstance(kind, inspect.FloatType) and isinstance(value, int | float):
         return float(value)
     if isinstance(kind, inspect.VarTupleType) and isinstance(value, list | tuple):
@@ -189,6 +195,8 @@ def _in_words(kind: inspect.Type) -> str:
         case inspect.VarTupleType():
             least = f"{kind.min_length} to" if kind.min_length else "at most"
             return f"a list of {least} {kind.max_length} items, each {_in_words(kind.item_type)}"
+        case inspect.UnionType():
+            return ", or ".join(_in_words(member).removeprefix("one of ") for member in kind.types)
     raise AssertionError(f"config_check.py has no words for {kind!r}")
 
 

@@ -291,11 +291,17 @@ class Train(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Checkpoint(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When the state is made durable, and how much of it is kept."""
 
-    every_steps: Annotated[Count | None, Meta(description="steps between two checkpoints")] = None
+    every_steps: Annotated[
+        Count | None,
+        Meta(description="steps between two checkpoints; a save waits for the one before it"),
+    ] = None
     every_seconds: Annotated[
-        Seconds | None,
-        Meta(description="seconds between two checkpoints, if every_steps does not save before"),
-    ] = 60.0
+        Seconds | Literal["auto"] | None,
+        Meta(
+            description="seconds between two checkpoints, besides every_steps; auto: so that at most 60 s of "
+            "work are lost, or longer where that would cost more than 3.5 % of the run"
+        ),
+    ] = "auto"
     keep: Annotated[
         int,
         Meta(ge=2, le=_COUNT_LIMIT, description="newest checkpoints kept; two, so that one may be damaged"),
@@ -339,6 +345,9 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
     log_samples: Annotated[
         bool, Meta(description="write the sample numbers of every step to samples.log")
+    ] = False
+    ray_insecure: Annotated[
+        bool, Meta(description="use a Ray cluster that asks for no token; its network must be trusted")
     ] = False
 
 

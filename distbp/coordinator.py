@@ -21,8 +21,8 @@ The one rule of recovery
 Why not let each worker look at the committed-step word by itself: the writer may die between the barrier and
 the store, and then one survivor reads "committed" before another worker's replacement reads "not committed".
 
-Restarts are counted by progress: `max_restarts` losses without `GOOD_STEPS` steps or a new checkpoint in
-between, or the same worker dying three times in the same step, end the job with 70.
+Restarts are counted by progress: `max_restarts` losses or broken connections without `GOOD_STEPS` steps or
+a new checkpoint in between, or the same worker dying three times in the same step, end the job with 70.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ GOOD_STEPS = 20
 
 _SAME_STEP_LIMIT = 3
 
+_NOBODY = -1
+"""Stands for a rank where only a connection was lost."""
+
 
 @dataclass(frozen=True)
 class Parked:
@@ -80,10 +83,15 @@ class Lost:
 
 @dataclass(frozen=True)
 class Broken:
-    """Event: worker `rank` lost a connection to another host in `attempt`; nobody is known to be dead."""
+    """Event: worker `rank` lost a connection to another host in `attempt`; nobody is known to be dead.
+
+    `step` and `saved` are those of `Lost`.
+    """
 
     rank: int
     attempt: int
+    step: int = EMPTY
+    saved: int = EMPTY
 
 
 @dataclass(frozen=True)
@@ -205,7 +213,7 @@ def decide(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
 
 def _replace_lost(state: State, event: Lost) -> tuple[State, tuple[Action, ...]]:
     """Announce the next attempt and start a replacement, or give up."""
-    state = _count_restart(state, event)
+    state = _count_restart(_count_death(state, event), event.step, event.saved, event.rank)
     same_step = next(times for rank, _, times in state.deaths if rank == event.rank)
     if same_step >= _SAME_STEP_LIMIT or state.restarts_without_progress > state.max_restarts:
         when = "before the first step" if event.step == EMPTY else f"in step {event.step}"
@@ -230,34 +238,50 @@ def _announce(state: State) -> State:
 
 
 def _part(state: State, event: Broken) -> tuple[State, tuple[Action, ...]]:
-    """Let everybody park and open new connections; one announcement is enough for all who report it."""
+    """Let everybody park and open new connections; one announcement is enough for all who report it.
+
+    It counts as a restart, so that a link that never works ends the job; a loss that comes to light
+    afterwards is the same restart.
+    """
     if event.attempt != state.attempt:
         return state, ()
+    state = _count_restart(state, event.step, event.saved, _NOBODY)
+    if state.restarts_without_progress > state.max_restarts:
+        message = (
+            f"hosts lost their connections again: {state.restarts_without_progress} restarts brought no "
+            "progress; look at the network between them before running again"
+        )
+        return replace(state, ended=True, exit_code=70), (End(70, message),)
     state = _announce(state)
     return state, (Park(state.attempt),)
 
 
-def _count_restart(state: State, event: Lost) -> State:
-    """Count the loss; enough steps or a new checkpoint since the last one begin the count anew.
+def _count_death(state: State, event: Lost) -> State:
+    """Count how often this worker died in the step in which it died last."""
+    died_in = {rank: (step, times) for rank, step, times in state.deaths}
+    last_step, times = died_in.get(event.rank, (event.step, 0))
+    died_in[event.rank] = (event.step, times + 1 if last_step == event.step else 1)
+    return replace(state, deaths=tuple((rank, *death) for rank, death in sorted(died_in.items())))
+
+
+def _count_restart(state: State, at_step: int, saved_step: int, rank: int) -> State:
+    """Count a restart; enough steps or a new checkpoint since the last one begin the count anew.
 
     Several workers lost before anybody was released again, a whole host say, are one restart; a worker lost
     twice meanwhile is two.
     """
-    died_in = {rank: (step, times) for rank, step, times in state.deaths}
-    last_step, times = died_in.get(event.rank, (event.step, 0))
-    died_in[event.rank] = (event.step, times + 1 if last_step == event.step else 1)
-    state = replace(state, deaths=tuple((rank, *death) for rank, death in sorted(died_in.items())))
-    if state.lost_since_release and event.rank not in state.lost_since_release:
-        return replace(state, lost_since_release=state.lost_since_release | {event.rank})
+    lost = state.lost_since_release
+    if lost and rank not in lost:
+        return replace(state, lost_since_release=lost | {rank})
     step, saved = state.progress_mark
-    progressed = event.step >= step + GOOD_STEPS or event.saved > saved
+    progressed = at_step >= step + GOOD_STEPS or saved_step > saved
     count = 1 if progressed and state.restarts else state.restarts_without_progress + 1
     return replace(
         state,
         restarts=state.restarts + 1,
         restarts_without_progress=count,
-        progress_mark=(event.step, event.saved) if progressed or not state.restarts else state.progress_mark,
-        lost_since_release=state.lost_since_release | {event.rank},
+        progress_mark=(at_step, saved_step) if progressed or not state.restarts else state.progress_mark,
+        lost_since_release=lost | {rank},
     )
 
 

@@ -3,7 +3,8 @@
 A check is a function without arguments that returns a `Verdict`; `checks` lists them by name.  Each tries the
 real thing where that is cheap: two processes meet in a real arena, a real network is differentiated, a file
 is written and locked where runs would lie.  MPI is never initialised in this process and Ray never imported:
-the first may abort the process, the second costs a second.
+the first may abort the process, the second costs a second.  Under a launcher `distbp/doctor_mpi.py` adds what
+ranks can only find out together.
 
     ok     works, or is an option that is not installed
     warn   works, but slower, or not for every backend
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +50,7 @@ from distbp.partition import split_range
 from distbp.random import normal
 from distbp.reduce import LaneReduction, MicroBatchSum, aligned_blocks
 
-__all__ = ["Verdict", "barrier_partner", "checks", "examine"]
+__all__ = ["Verdict", "barrier_partner", "check_out", "checks", "examine", "existing_folder"]
 
 Status = Literal["ok", "warn", "FAIL"]
 
@@ -58,8 +59,6 @@ BLAS_VARIABLES = (
     "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR",
     "BLIS_NUM_THREADS", "NPY_DISABLE_CPU_FEATURES", "NPY_ENABLE_CPU_FEATURES",
 )  # fmt: skip
-# What launchers set for each of their processes (Open MPI, Hydra, Slurm).
-LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 LEAST_RAY = (2, 54)  # Older ones run code for anybody who reaches their ports (CVE-2023-48022).
 LEAST_OPEN_FILES = 1024  # The launching process holds a few for each worker.
 LEAST_FREE_BYTES = 1 << 30  # Some three checkpoints of a model of 30 million parameters.
@@ -99,10 +98,12 @@ def checks(out: Path) -> dict[str, Callable[[], Verdict]]:
     }
 
 
-def examine(out: Path) -> dict[str, Verdict]:
-    """Run every check; one that raises has failed and says how, and the others still run."""
+def examine(out: Path, *, without: Collection[str] = ()) -> dict[str, Verdict]:
+    """Run every check but those named; one that raises has failed and says how, and the others still run."""
     found = {}
     for name, check in checks(out).items():
+        if name in without:
+            continue
         try:
             found[name] = check()
         except (DistbpError, OSError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -308,9 +309,8 @@ def check_open_files() -> Verdict:
 
 def check_out(out: Path) -> Verdict:
     """Write, lock, rename and remove a file where runs would lie; `out` itself is not created."""
-    wanted = out.absolute()
-    folder = next(path for path in (wanted, *wanted.parents) if path.exists())
-    where = f"{out}" if folder == wanted else f"{out} (would be created in {folder})"
+    folder = existing_folder(out)
+    where = f"{out}" if folder == out.absolute() else f"{out} (would be created in {folder})"
     try:
         descriptor, name = tempfile.mkstemp(prefix=".distbp-doctor-", dir=folder)
         try:
@@ -332,12 +332,19 @@ def check_out(out: Path) -> Verdict:
     return Verdict("ok", found)
 
 
+def existing_folder(out: Path) -> Path:
+    """Return `out`, or the nearest path above it that exists; absolute."""
+    wanted = out.absolute()
+    return next(path for path in (wanted, *wanted.parents) if path.exists())
+
+
 def check_shared_memory() -> Verdict:
-    """Name the size of /dev/shm, which Ray uses and distbp does not."""
+    """Name the size of /dev/shm, which MPI libraries and Ray use and distbp does not."""
     if not Path("/dev/shm").is_dir():
         return Verdict("ok", "there is none, and distbp needs none")
     usage = shutil.disk_usage("/dev/shm")
-    return Verdict("ok", f"{usage.total / 2**30:.1f} GiB, {usage.free / 2**30:.1f} free; only Ray needs it")
+    found = f"{usage.total / 2**30:.1f} GiB, {usage.free / 2**30:.1f} free"
+    return Verdict("ok", f"{found}; distbp uses none, MPI libraries and Ray do")
 
 
 def check_mpi() -> Verdict:
@@ -345,20 +352,16 @@ def check_mpi() -> Verdict:
 
     A launcher of another family starts N processes that each believe to be alone.
     """
-    started_by = [f"{name}={os.environ[name]}" for name in LAUNCHER_VARIABLES if name in os.environ]
-    launcher = f"; started by a launcher ({', '.join(started_by)})" if started_by else ""
     if importlib.util.find_spec("mpi4py") is None:
-        if started_by:
-            return Verdict("warn", f"mpi4py is not installed{launcher}", "pip install mpi4py")
         return Verdict("ok", "mpi4py is not installed; only --backend mpi needs it")
     library = _first_line(sys.executable, "-c", _ASK_MPI)
     if library is None:
-        return Verdict("warn", f"mpi4py finds no MPI library{launcher}", GET_MPI)
+        return Verdict("warn", "mpi4py finds no MPI library", GET_MPI)
     program = shutil.which("mpiexec")
     if program is None:
-        return Verdict("warn", f"library {library}; no mpiexec on the PATH{launcher}", GET_MPI)
+        return Verdict("warn", f"library {library}; no mpiexec on the PATH", GET_MPI)
     version = _first_line(program, "--version") or "unknown"
-    found = f"library {library}; {program}: {version}{launcher}"
+    found = f"library {library}; {program}: {version}"
     if _family(library) != _family(version):
         found += "; the two are of different families: every process would be rank 0 of 1"
         cure = (

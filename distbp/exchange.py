@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ from distbp.transports.base import Transport
 __all__ = ["BucketExchange", "Piece", "bucket_starts", "cut_pieces", "probe_bucket_bytes"]
 
 _NAP_S = 300e-6
+_LOOK_S = 0.1
 
 _SMALL_BYTES, _LARGE_BYTES, _TRIES = 64, 1 << 20, 3
 _LEAST_BYTES, _MOST_BYTES = 1 << 18, 1 << 24
@@ -132,6 +133,8 @@ class BucketExchange:
         """Return when every piece is added; call it after the barrier that follows backprop."""
         if self._running is not None:
             running, self._running = self._running, None
+            while not wait([running], _LOOK_S).done:
+                self._arena.barrier.look()
             running.result()
         else:
             for reduction in self._reductions:

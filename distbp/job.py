@@ -26,8 +26,12 @@ SCALARS = 8
 come the averages of the network's statistics."""
 
 MAX_SKIPPED_IN_ROW = 3
-COMPUTE, REDUCE, UPDATE, EVALUATE, SAVING = range(1, 6)
-"""Phases that the arena's progress words name."""
+START, COMPUTE, REDUCE, UPDATE, EVALUATE, SAVING = range(6)
+PHASES = ("start", "compute", "reduce", "update", "evaluate", "save")
+"""Phases that the arena's progress words name, and what messages call them."""
+
+SLOW_PHASES = (START, SAVING)
+"""Phases that depend on a disk, or touch memory for the first time."""
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Job:
     micro_batch: int
     total_steps: int
     checkpoint_every_steps: int | None
-    checkpoint_every_seconds: float | None
+    checkpoint_every_seconds: float | str | None
     keep: int
     log_samples: bool
     metadata: dict[str, Any]

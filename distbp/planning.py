@@ -6,7 +6,8 @@ The descriptions decide whether two workers do the same, and whether a checkpoin
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +17,55 @@ from distbp.data import ArrayDataset, Rows
 from distbp.errors import ConfigError, DataError
 from distbp.nn import Layer, Layout, Network
 from distbp.optim import Averaged
+from distbp.saver import AUTO
 
 __all__ = [
+    "Data",
+    "as_dataset",
     "check_data",
     "check_kind_of_samples",
     "check_metadata",
+    "check_saving",
     "copy_tensors",
     "describe_layer",
     "describe_options",
+    "sample_type",
     "too_many_workers",
 ]
+
+
+Data: TypeAlias = ArrayDataset | tuple[Any, Any]
+"""What `fit` and `evaluate` take: a data set, or samples and targets."""
+
+
+def sample_type(model: Layer) -> type:
+    """Return the type of samples that the model takes."""
+    return np.int64 if model.takes_codes else np.float32
+
+
+def as_dataset(data: Data, model: Layer) -> ArrayDataset:
+    """Return `data` as a data set: samples float32, or codes where the model takes codes.
+
+    Targets are int64 classes, (N,) or (N, *places), or float32 numbers (N, O).
+    """
+    if isinstance(data, ArrayDataset):
+        return data
+    x, y = (np.asarray(part) for part in data)
+    if len(x) != len(y):
+        raise DataError(f"expected as many targets as samples, got {len(x)} samples and {len(y)} targets")
+    if y.dtype.kind in "iub":
+        targets: NDArray[Any] = np.ascontiguousarray(y, np.int64)
+    else:
+        columns = y.shape[1] if y.ndim > 1 else 1
+        targets = np.ascontiguousarray(y.reshape(len(y), columns), np.float32)
+    if model.takes_codes and x.dtype.kind not in "iu":
+        raise DataError(f"expected integer codes, which the model takes, got samples of type {x.dtype}")
+    samples: NDArray[Any] = np.ascontiguousarray(x, sample_type(model))
+    for name, part in (("x", samples), ("y", targets)):
+        if part.dtype.kind == "f" and not np.isfinite(part).all():
+            row = int(np.flatnonzero(~np.isfinite(part.reshape(len(part), -1)).all(axis=1))[0])
+            raise DataError(f"{name} holds a value that is not finite, first in sample {row}; clean the data")
+    return ArrayDataset(samples, targets)
 
 
 def check_data(network: Network, train: ArrayDataset, validation: ArrayDataset | None) -> None:
@@ -101,6 +141,18 @@ def check_metadata(metadata: dict[str, Any] | None) -> None:
         json.dumps(metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"metadata: expected JSON values, {error}") from error
+
+
+def check_saving(every_steps: int | None, every_seconds: float | str | None) -> None:
+    """Refuse a plan of checkpoints that cannot be followed."""
+    is_count = isinstance(every_steps, int) and not isinstance(every_steps, bool) and every_steps > 0
+    if every_steps is not None and not is_count:
+        raise ConfigError(f"checkpoint_every_steps: expected a whole number > 0 or None, got {every_steps!r}")
+    is_time = isinstance(every_seconds, int | float) and 0 < every_seconds < math.inf
+    if every_seconds is not None and every_seconds != AUTO and (every_seconds is True or not is_time):
+        raise ConfigError(
+            f'checkpoint_every_seconds: expected seconds > 0, "{AUTO}" or None, got {every_seconds!r}'
+        )
 
 
 def too_many_workers(workers: int, batch_size: int, micro_batch: int) -> str:

@@ -71,16 +71,17 @@ def aligned_blocks(start: int, stop: int) -> list[tuple[int, int]]:
     return blocks
 
 
-def tree_total(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+def tree_total(rows: Array, join: np.ufunc = np.add) -> Array:
     """Return the tree sum of `rows`, shape (M, ...), over the first axis.  `rows` is not changed.
 
     Adding neighbours level by level and carrying an odd last one upwards is the tree of the module docstring.
+    `join` stands for what `TreeSum` says of it.
     """
     while len(rows) > 1:
         even = len(rows) // 2 * 2
-        added = rows[0:even:2] + rows[1:even:2]
+        added = join(rows[0:even:2], rows[1:even:2])
         rows = np.concatenate([added, rows[even:]]) if even < len(rows) else added
-    total: NDArray[np.float64] = rows[0].copy()
+    total: Array = rows[0].copy()
     return total
 
 
@@ -88,11 +89,13 @@ class TreeSum:
     """Add blocks of micro-batches that are pushed from left to right.
 
     The sum owns every array from `push` on and writes merged values into the left one, so a caller that
-    pushes views finds the results in the views it pushed first.
+    pushes views finds the results in the views it pushed first.  `join` may be another elementwise function
+    of two arrays, for collectives that offer products and extremes too; training adds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, join: np.ufunc = np.add) -> None:
         self.blocks: list[tuple[int, int, Array]] = []
+        self.join = join
 
     def push(self, start: int, count: int, array: Array) -> None:
         """Take the block `[start, start + count)`, which must begin where the last one ended."""
@@ -108,14 +111,14 @@ class TreeSum:
             _, right_count, right = blocks[-1]
             if left_count != right_count or left_start % (2 * left_count):
                 break
-            np.add(left, right, out=left)
+            self.join(left, right, out=left)
             blocks[-2:] = [(left_start, 2 * left_count, left)]
 
     def total(self) -> Array:
         """Fold what is left from right to left into the first array and return it."""
         first, count, total = self.blocks[-1]
         for start, left_count, left in reversed(self.blocks[:-1]):
-            np.add(left, total, out=left)
+            self.join(left, total, out=left)
             first, count, total = start, count + left_count, left
         self.blocks = [(first, count, total)]
         return total

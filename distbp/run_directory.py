@@ -93,7 +93,7 @@ class RunDirectory:
                 )
             restore = None
         elif plan.resume == "auto":
-            restore = checkpoint.newest_verified(folder, self._report_damaged)
+            restore = self.newest_checkpoint()
         else:
             restore = Path(plan.resume)
             if not restore.is_dir():
@@ -113,6 +113,10 @@ class RunDirectory:
             self._set_aside_later(held["step"])
         self._describe_run(plan)
         return Admission(self.path, restore, self.start)
+
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint that verifies; earlier ones of this start included."""
+        return checkpoint.newest_verified(self.path / "checkpoints", self._report_damaged)
 
     def event(self, record: dict[str, Any]) -> None:
         """Append one record to `events.jsonl`; a disk that is full costs the record, not the run."""

@@ -49,6 +49,7 @@ from distbp.job import (
     SCALARS,
     SKIPPED,
     SKIPPED_IN_ROW,
+    START,
     STOP,
     TAIL,
     UPDATE,
@@ -99,9 +100,9 @@ class Worker:
     def run(self) -> bool:
         """Train to the last step or to a requested stop, through any number of losses."""
         while True:
-            attempt = self.seat.gate()
-            transport = self.seat.connect(attempt)
+            attempt, transport = self.seat.gate(), None
             try:
+                transport = self.seat.connect(attempt)
                 # The verdict on every step finds what is not finite; a warning would only repeat it.
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                     self._build_lane(transport)
@@ -112,8 +113,8 @@ class Worker:
                 continue
             except TransportError:
                 if not self.seat.replaces_lost:
-                    assert transport is not None, "an exchange needs a transport"
-                    transport.abort()  # Closing it in order would need the host that is out of reach.
+                    if transport is not None:
+                        transport.abort()  # Closing it in order would need the host that is out of reach.
                     raise
                 # Somebody may be dead, and then the coordinator is about to say so; or a link broke.
                 self.seat.broken(attempt)
@@ -142,6 +143,7 @@ class Worker:
 
     def _collect(self, parameter: Parameter, leaf: Leaf) -> None:
         """Add up one tensor; when it was the last one of a bucket, say so to the lane owners."""
+        self.arena.count_unit()
         self._gradient.collect(parameter.offset, parameter.shape, leaf)
         if self._buckets_done < len(self._starts) and parameter.offset == self._starts[self._buckets_done]:
             self._buckets_done += 1
@@ -196,6 +198,7 @@ class Worker:
     def _prepare(self) -> None:
         """Bring every host to the same step, and make sure that all workers compute alike."""
         arena, job, admission = self.arena, self.job, self.seat.admission
+        arena.progress(START)
         arena.forget_ready()
         if self._transport is not None and self.seat.local_rank == 0:
             state.share(arena, job, admission, self._transport)
@@ -324,7 +327,7 @@ class Worker:
         job.network.write_statistics(rows[:, TAIL:])
         rows[0, STOP] = self.arena.stop_requested
         if self.seat.rank == 0:
-            rows[0, SAVE] = self._save_is_late()
+            rows[0, SAVE] = self.after.save_is_due()
         bad = np.flatnonzero(~np.isfinite(sums.loss))
         self.arena.mark_bad(self.first + int(bad[0]) if len(bad) else -1)
         self._tail.collect(0, (job.tail,), lambda low, high, out: np.copyto(out, rows[low:high]))
@@ -334,11 +337,6 @@ class Worker:
         for transform in self.job.augment:
             for number, micro_batch in enumerate(x, first):
                 transform(micro_batch, self.job.seed, step, number)
-
-    def _save_is_late(self) -> bool:
-        """Return whether the time between two saves is over; asked by rank 0, answered to all in the tail."""
-        every = self.job.checkpoint_every_seconds
-        return every is not None and time.monotonic() - self.after.saver.last_begun >= every
 
     def _reduce(self) -> None:
         """Add this worker's lane, then measure it while it is still in the cache."""

@@ -25,8 +25,10 @@
 #              A second signal ends the job at once, a third one even if the launcher hangs.
 #   exit code  69 when a rank or the launcher was killed, else distbp's own.  MPICH says 9 for SIGKILL, Open MPI
 #              says 137, and a launcher was once seen to say 0: so 0 is believed only of a run that is done.
-#   culprit    the rank that failed first, with the end of its log.
+#   culprit    the worker that failed first, its host, and what its log says (`culprit.awk`, to be kept beside
+#              this script).  For that every rank is started by a shell that waits for it.
 #   processes  whatever outlives the launcher on this host is ended within 5 s.  Other hosts are its business.
+#              A launcher that itself lives on 3 s after a rank's last words is ended too.
 #   /dev/shm   segments that ranks on this host had mapped and that nobody has open any more are removed,
 #              and the directory that a killed Open MPI leaves in $TMPDIR.
 #   a loss     starts the same command again, which resumes from the last checkpoint.
@@ -83,17 +85,20 @@ for word; do
     esac
     previous=$word
 done
+named=$run # A script under `distbp run` names it in fit(out=...); that one is found while it runs.
 # Without it every start would choose a new directory by its date, and nothing would be resumed.
 [ "$restarts" = 0 ] || [ "$1" != train ] || [ -n "$run" ] ||
     refuse "starting again needs a fixed run directory: add --out DIR, or --restarts 0 to run once"
 
 # ----- the command
 
+here=$(dirname "${BASH_SOURCE[0]}")
+[ -r "$here/culprit.awk" ] || { say "expected culprit.awk beside this script in $here, found none; copy both"; exit 78; }
 if [ -n "${DISTBP_COMMAND-}" ]; then
     read -ra distbp <<<"$DISTBP_COMMAND"
     unset DISTBP_COMMAND # distbp would take it for a configuration key.
 else
-    distbp=("$(command -v distbp)") || distbp=("$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/distbp")
+    distbp=("$(command -v distbp)") || distbp=("$here/../.venv/bin/distbp")
     [ -x "${distbp[0]}" ] || { say "expected distbp on PATH or in .venv, found neither; run: make install"; exit 78; }
 fi
 
@@ -148,6 +153,7 @@ fi
     openmpi) options+=(--hostfile "$hostfile") ;;
     hydra) options+=(-f "$hostfile") ;;
 esac
+# What is really started is one process more for each rank, see `attend` below.
 command=("$launcher" "${options[@]}" "${extra[@]}" "${distbp[@]}" "$@")
 
 if [ "$dry_run" = yes ]; then
@@ -156,6 +162,35 @@ if [ "$dry_run" = yes ]; then
     echo
     exit 0
 fi
+
+# Each rank is started by a shell that waits for it and says how it ended, unless with one of distbp's own codes.
+# Nobody else can tell: when a rank is killed, Hydra kills the others, and then blames the first in the order of
+# ranks.  The launchers signal a rank's whole process group: the rank needs no help, and a shell that has to go
+# together with its rank says nothing.  The nap is for the launcher to pass the line on.  In the end the shell dies
+# by a signal too: after another end Hydra does not always end the ranks of other hosts.
+# shellcheck disable=SC2016 # It is for that shell to expand.
+attend='
+for signal in HUP INT TERM USR1 USR2; do trap "signals=\$((signals + 1))" $signal; done
+signals=0 before=-1
+"$@" &
+until [ $before = $signals ] && [ $code -ge 0 ]; do
+    before=$signals code=0
+    wait $! 2>/dev/null || code=$? # A signal ends it early, and may make it answer -1.
+done
+case $code in
+    # 126 and 127: it could not be started.  143: SIGTERM is how Open MPI ends the others.
+    0 | 1 | 2 | 65 | 66 | 69 | 70 | 73 | 75 | 77 | 78 | 79 | 80 | 126 | 127 | 130 | 143) exit $code ;;
+    129 | 1[3-9]?) signal=$((code - 128)) how="killed by signal $signal" ;;
+    *) signal=KILL how="left with $code" ;;
+esac
+rank=${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-${PMIX_RANK:--}}}
+echo "mpirun.sh: rank $rank, process $!, host $HOSTNAME: $how" >&2
+sleep 0.2
+trap - HUP INT TERM USR1 USR2
+ulimit -c 0
+kill -s $signal $$
+exit $code'
+command=("$launcher" "${options[@]}" "${extra[@]}" bash -c "$attend" mpirun.sh "${distbp[@]}" "$@")
 
 # ----- this job's processes and segments on this host
 
@@ -169,29 +204,53 @@ nap() { read -rt "$1" -u "$pause" || true; } # A sleep without a process of its 
 
 marked() { grep -lszxF -- "$mark" /proc/[0-9]*/environ | cut -d / -f 3 || true; }
 
-# Write down each segment of an MPI library that appears while the job runs, as soon as one of its processes has it
-# mapped.  The name alone proves nothing: MPICH's is a random number, and other jobs use /dev/shm as well.
-segment_names='^(mpich_shm_|sm_segment\.|vader_segment\.|osc_|ucx_shm_posix_|psm[23]?_shm|psm3_|Intel_MPI|shm-col-space)'
-watch_segments() {
+ends_the_job='(mpirun\.sh: rank [0-9]+, |distbp: rank [0-9]+ on host [^ ]+: )'
+
+# Look five times a second, while the job runs, at what cannot be seen afterwards.
+watch() {
     trap '' INT TERM HUP USR1 USR2
     local -A tries=()
-    local path process
+    local path process napped=0
     shopt -s nullglob
     for path in /dev/shm/*; do tries[$path]=0; done # What was there before is not the job's.
-    while kill -0 $$ 2>/dev/null; do
-        for path in /dev/shm/*; do
-            # A segment is mapped right after it was made; one that was not for 5 s belongs to somebody else.
-            if [ "${tries[$path]=25}" = 0 ]; then continue; fi
-            tries[$path]=$((tries[$path] - 1))
-            [[ ${path##*/} =~ $segment_names ]] || tries[$path]=0
-            for process in $(marked); do
-                if [ "${tries[$path]}" != 0 ] && grep -qsF -- " $path" "/proc/$process/maps"; then
-                    stat -c '%i %n' -- "$path" >>"$work/segments" 2>/dev/null || true
-                    tries[$path]=0
-                fi
-            done
-        done
+    while [ -e /proc/$$/exe ]; do # A zombie has none: whoever killed this script may never ask for its end.
+        note_segments
+        [ -n "$run" ] || note_run
+        # The launcher may not act on last words: it waits for a host that it cannot reach, say.
+        if grep -qE "$ends_the_job" "$work/said"; then napped=$((napped + 1)); fi
+        if [ "$napped" = 15 ] && process=$(<"$work/launcher") && grep -qszxF -- "$mark" "/proc/$process/environ"; then
+            say "the launcher has not ended 3 s after a rank's last words: ending it"
+            kill -s KILL "$process" 2>/dev/null || true
+        fi
         nap 0.2
+    done
+}
+
+# Write down each segment of an MPI library as soon as a process of the job has it mapped.  The name alone proves
+# nothing: MPICH's is a random number, and other jobs use /dev/shm as well.  `tries` is watch's.
+segment_names='^(mpich_shm_|sm_segment\.|vader_segment\.|osc_|ucx_shm_posix_|psm[23]?_shm|psm3_|Intel_MPI|shm-col-space)'
+note_segments() {
+    local path process
+    for path in /dev/shm/*; do
+        # A segment is mapped right after it was made; one that was not for 5 s belongs to somebody else.
+        if [ "${tries[$path]=25}" = 0 ]; then continue; fi
+        tries[$path]=$((tries[$path] - 1))
+        [[ ${path##*/} =~ $segment_names ]] || tries[$path]=0
+        for process in $(marked); do
+            if [ "${tries[$path]}" != 0 ] && grep -qsF -- " $path" "/proc/$process/maps"; then
+                stat -c '%i %n' -- "$path" >>"$work/segments" 2>/dev/null || true
+                tries[$path]=0
+            fi
+        done
+    done
+}
+
+# Write down the run directory of a script, which names it in fit(out=...): a worker has its log there open.
+note_run() {
+    local process log
+    for process in $(marked); do
+        log=$(find "/proc/$process/fd" -lname '*/logs/rank-[0-9]*.log' -printf '%l\n' -quit 2>/dev/null) || true
+        if [ -n "$log" ]; then run=${log%/logs/*}; echo "$run" >"$work/run"; return 0; fi
     done
 }
 
@@ -223,53 +282,27 @@ end_processes() {
 
 # ----- who was it
 
-# Print "RANK PID" of what the launcher says failed first, a dash for what it does not say.
-said_by_launcher() {
-    awk '
-        match($0, /process rank [0-9]+ with PID [0-9]+/) { split(substr($0, RSTART, RLENGTH), w, " "); print w[3], (w[6] ? w[6] : "-"); exit }
-        match($0, /Process name: \[.*,[0-9]+\]/)         { name = substr($0, RSTART, RLENGTH - 1); sub(/.*,/, "", name); print name, "-"; exit }
-        match($0, /^Abort\([0-9]+\) on node [0-9]+/)     { split(substr($0, RSTART, RLENGTH), w, " "); print w[4], "-"; exit }
-        match($0, /PID [0-9]+ RUNNING AT/)               { split(substr($0, RSTART, RLENGTH), w, " "); print "-", w[2]; exit }
-    ' "$work/said"
-}
+# What is kept of all that a job prints: the last words of ranks, of the shells that attend them, of the launcher.
+last_words='mpirun\.sh: rank |distbp: rank |rank [0-9]+ with PID|Process name: \[|on node [0-9]+ \(rank|Errorcode: '
 
-# Print "CLASS CODE LOG" for the worker that failed first in this start.  CLASS is 0 for the process that the
-# launcher names; 1 for who wrote that it failed; 2 for who only lost a peer (69); 3 for the log that stops first.
-# CODE is the one it wrote, or a dash.
-first_failed() {
-    local log found best='9 -' best_log=
-    while read -r log; do
-        # Logs are appended to; the line with which a worker begins starts the part of this start.
-        found=$(awk -v pid="$1" '
-            BEGIN { class = 3; code = "-" }
-            / worker [0-9]+ of [0-9]+, pid / { class = ($0 ~ ", pid " pid "([^0-9]|$)") ? 0 : 3; code = "-" }
-            match($0, / failed with [0-9]+:/) {
-                code = substr($0, RSTART + 13, RLENGTH - 14)
-                if (class != 0) class = code == 69 ? 2 : 1
-            }
-            END { print class, code }' "$log")
-        if [ "${found%% *}" -lt "${best%% *}" ]; then best=$found best_log=$log; fi
-    done < <(find "$run/logs" -name 'rank-*.log' -newer "$work/started" -printf '%T@ %p\n' 2>/dev/null | sort -n | cut -d ' ' -f 2-)
-    echo "$best $best_log"
-}
-
-# Leave who it was in `rank` and `pid` (as the launcher calls it), `class`, `failed_with` and `log` (its own words).
+# Leave who it was in `culprit`, with what its log says, how that is known in `evidence`, the code that it gave in
+# its own words in `its_code`, and in `logs` what there is to know from; a dry run or a finished run writes none.
 find_culprit() {
-    rank=- pid=- class=9 failed_with=- log=
-    read -r rank pid < <(said_by_launcher; echo - -) || true
-    [ -z "$run" ] || read -r class failed_with log < <(first_failed "$pid")
+    # The logs that workers wrote to in this start, the one that fell silent first first.
+    mapfile -t logs < <(find "${run:-/dev/null}/logs" -name 'rank-*.log' -newer "$work/started" -printf '%T@ %p\n' 2>/dev/null | sort -n | cut -d ' ' -f 2-)
+    { read -r evidence its_code; mapfile -t culprit; } < <(awk -f "$here/culprit.awk" "$work/said" "${logs[@]}")
 }
 
 name_culprit() {
-    if [ "$class" -le 2 ] || { [ "$class" = 3 ] && [ "$rank$pid" = -- ]; }; then
-        local perhaps=''
-        [ "$class" -le 1 ] || { say "neither the launcher nor a rank says who failed; the first to fall silent is named"; perhaps='perhaps '; }
-        say "culprit: ${perhaps}worker $((10#$(basename "$log" | tr -dc 0-9))); the end of $log:"
-        tail -n 3 -- "$log" | cut -c 1-500 | sed 's/^/mpirun.sh:   /' >&2
-    elif [ "$rank$pid" != -- ]; then
-        say "culprit: in the launcher's words rank $rank, process $pid (a dash: it does not say)"
-    else
+    case $code in
+        # These are mostly of all ranks, who said why, and the launcher names the one that left first.
+        2 | 65 | 66 | 73 | 78) [ "$evidence" = spoken ] || return 0 ;;
+    esac
+    if [ "$evidence" = - ]; then
         say "culprit: unknown; neither the launcher nor a log names one"
+    else
+        say "culprit: ${culprit[0]}"
+        [ "${#culprit[@]}" = 1 ] || printf 'mpirun.sh: %s\n' "${culprit[@]:1}" >&2
     fi
     [ -z "$run" ] || tail -c "+$((events_before + 1))" -- "$run/events.jsonl" 2>/dev/null |
         grep -m 1 -E '"kind": ?"lost"' | sed 's/^/mpirun.sh: recorded: /' >&2 || true
@@ -329,17 +362,18 @@ newest_checkpoint() {
 start() {
     touch "$work/started"
     events_before=$(stat -c %s -- "$run/events.jsonl" 2>/dev/null || echo 0)
-    watch_segments &
+    : >"$work/said"
+    watch &
     local watcher=$! keeper output errors session
-    # What the launcher says last is kept: it names a rank that was killed, which can no longer speak for itself.
-    # Open MPI says it on stderr, MPICH on stdout.
-    (trap '' INT TERM HUP USR1 USR2; exec tail -c 65536) <"$work/said.pipe" >"$work/said" &
+    # Hydra says its last words on stdout, everybody else on stderr.
+    (trap '' INT TERM HUP USR1 USR2; exec grep -aE --line-buffered "$last_words") <"$work/said.pipe" >"$work/said" &
     keeper=$!
     exec {output}> >(trap '' INT TERM HUP USR1 USR2; exec tee "$work/said.pipe")
     exec {errors}> >(trap '' INT TERM HUP USR1 USR2; exec tee "$work/said.pipe" >&2)
     env -- "$mark" "${command[@]}" </dev/null >&"$output" 2>&"$errors" {output}>&- {errors}>&- {pause}>&- &
     child=$!
-    deliver # What came between the two lines above.
+    echo "$child" >"$work/launcher"
+    deliver # What came between the lines above.
     session=${TMPDIR:-/tmp}/ompi.$child
     wait_for_child
     child=
@@ -353,33 +387,32 @@ start() {
     kill -s KILL "$watcher" "$keeper" 2>/dev/null || true
     wait "$watcher" "$keeper" 2>/dev/null || true
     remove_segments
+    [ -n "$run" ] || ! read -r run <"$work/run" || true
     # An Open MPI that was killed leaves a directory that carries its process number.
     if [ -d "$session" ] && [ ! -L "$session" ] && [ -O "$session" ]; then rm -rf -- "$session"; fi
 }
 
-# Has a worker written to its log in this start?  A dry run, or a finished run, has not.
-has_trained() { find "$run/logs" -name 'rank-*.log' -newer "$work/started" 2>/dev/null | grep -q .; }
-
 # Turn the launcher's exit code in `code` into distbp's.
 translate() {
-    local launchers=$code killed=no
+    local launchers=$code
     if [ "$code" = 0 ]; then
-        if [ -n "$run" ] && has_trained && ! grep -qsE '"status": ?"done"' "$run/result.json"; then code=69; fi
+        if [ -n "$named" ] && [ "${#logs[@]}" -gt 0 ] && ! grep -qsE '"status": ?"done"' "$run/result.json"; then code=69; fi
     elif [ "$num_signals" -gt 1 ] && [ "$code" != 75 ] && [ "$code" != 130 ]; then
         code=$((128 + $(kill -l "$last_signal")))
         return
     elif [ "$num_signals" = 1 ] && { [ "$code" = 138 ] || [ "$code" = 10 ]; }; then
         say "the stop came before training began"
         code=75
-    elif [ "$code" -gt 128 ] && [ "$code" -le 192 ] && [ "$code" != 130 ]; then
-        killed=yes
-    elif [ "$flavour" = hydra ] && [ "$code" -ge 3 ] && [ "$code" -le 31 ]; then
-        killed=yes # Hydra gives the number of the signal itself; distbp has no codes there.
-    fi
-    # The others are killed when one rank fails, and Hydra may answer with what became of them.
-    if [ "$killed" = yes ]; then
-        code=69
-        if [ "$class" -le 1 ] && [ "$failed_with" != - ]; then code=$failed_with; fi
+    else
+        case $code in
+            # Of a rank that left with 0 in the midst, Open MPI says 1; who raised has said so.
+            1) [ "${#logs[@]}" = 0 ] || [ "$its_code" != - ] || code=69 ;;
+            2 | 65 | 66 | 69 | 70 | 73 | 75 | 77 | 78 | 79 | 80 | 130) ;; # distbp's own.
+            126 | 127) ;; # It could not be started.
+            # A rank was killed, by somebody or by the launcher because of another one, or left without a word.
+            # Above 192 the launcher speaks of itself: it could not start, or lost its way when a host was lost.
+            *) if [ "$its_code" != - ]; then code=$its_code; elif [ "$code" -le 192 ] || [ "$evidence" != - ]; then code=69; fi ;;
+        esac
     fi
     if [ "$code" = 75 ] && [ "$first_signal" = INT ]; then code=130; fi
     if [ "$code" = 69 ] && [ "$launchers" != 69 ]; then say "the launcher ended with $launchers, but a rank was killed or lost"; fi

@@ -1,11 +1,13 @@
 """One hash for every way to run: `python tests/same_bits.py [--ways local mpich openmpi] [DATA ...]`.
 
 For each data set, which is `digits` or a path: the serial run; the local backend with 1 to 5 workers; under
-each MPI 1 to 6 ranks on one host, and 1+1, 2+2, 2+1, 1+1+1 and scattered ranks on emulated hosts; and runs
-that are stopped by SIGUSR1 in one backend and resumed in another.  Prints one line a run and ends with 1 if
-any hash differs from the serial one.  It takes minutes; the suite runs a part of it.
+each MPI 1 to 6 ranks on one host, and 1+1, 2+2, 2+1, 1+1+1 and scattered ranks on emulated hosts; on Ray 1 to
+4 workers on one node and 3 to 5 on two and three nodes, by a driver and by `ray job submit`; and runs that
+are stopped by SIGUSR1 in one backend and resumed in another.  Prints one line a run, and ends with 1 if any
+hash differs from the serial one.  It takes minutes; the suite runs a part of it.
 
-Needs Linux; the emulated hosts need root.  Environments: `make mpi-environments`, or MPICH_PREFIX and so on.
+Needs Linux; the emulated hosts need root.  Environments: `make mpi-environments ray-environment`, or
+MPICH_PREFIX, OPENMPI_PREFIX and RAY_PREFIX.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from cluster.emulated import EmulatedCluster  # noqa: E402  The repository is not installed.
+from cluster.ray import RayNodes  # noqa: E402
 
 STEPS, LONG = 60, 3000
 """Steps of a run, and of one that is stopped on its way."""
@@ -51,12 +54,13 @@ def main():
     """Run everything, print a line for each run, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("data", nargs="*", default=["digits"])
-    parser.add_argument("--ways", nargs="+", default=["local", "mpich", "openmpi"])
+    parser.add_argument("--ways", nargs="+", default=["local", "mpich", "openmpi", "ray"])
     arguments = parser.parse_args()
     flavours = [way for way in arguments.ways if way in LAUNCHERS]
     odd = 0
     with tempfile.TemporaryDirectory(prefix="distbp-same-bits-") as folder:
-        shared = [folder, REPOSITORY, *map(prefix_of, flavours)]
+        others = [way for way in arguments.ways if way != "local"]
+        shared = [folder, REPOSITORY, *map(prefix_of, others)]
         shared += [Path(data).resolve() for data in arguments.data if data != "digits"]
         with EmulatedCluster(3, shared=shared) as hosts:
             for data in arguments.data:
@@ -72,8 +76,11 @@ def check(runner, ways, flavours):
     odd = 0
     for name, run in itertools.chain(one_host(runner, ways, flavours), many_hosts(runner, flavours)):
         odd += say(runner, name, run(), wanted)
+    if "ray" in ways:
+        for name, got in ray_runs(runner):
+            odd += say(runner, name, got, wanted)
     wanted = runner.train("serial", ["--backend", "serial"], steps=LONG)
-    for path in itertools.permutations(["local", *flavours], 2):
+    for path in itertools.permutations(ways, 2):
         odd += say(runner, " -> ".join(path), runner.resume(path), wanted)
     return odd
 
@@ -115,6 +122,17 @@ def many_hosts(runner, flavours):
         )
 
 
+def ray_runs(runner):
+    """Yield name and hash of every run on Ray clusters of one, two and three nodes."""
+    for cpus in ([4], [2, 1], [2, 2], [1, 1, 1], [2, 2, 1]):
+        nodes = {f"host{index}": count for index, count in enumerate(cpus)}
+        with RayNodes(runner.hosts, prefix_of("ray"), nodes, dashboard=True) as cluster:
+            placed = "+".join(map(str, cpus))
+            for workers in range(1, 5) if len(cpus) == 1 else (sum(cpus),):
+                yield f"ray {workers} on {placed}", runner.train_on_nodes(cluster, workers)
+            yield f"ray job submit on {placed}", runner.train_on_nodes(cluster, sum(cpus), submit=True)
+
+
 def prefix_of(name):
     """The environment of a launcher."""
     return Path(os.environ.get(f"{name.upper()}_PREFIX", REPOSITORY / f".venv-{name}"))
@@ -137,7 +155,8 @@ class Runner:
 
     def command(self, name, options, out):
         """The command of one run."""
-        python = prefix_of(name) / "bin" / "python" if name in LAUNCHERS else sys.executable
+        own = name in LAUNCHERS or name == "ray"
+        python = prefix_of(name) / "bin" / "python" if own else sys.executable
         program = [str(python), "-m", "distbp.cli.main", "train", self.data, *OPTIONS]
         return [*program, "--out", str(out), *options]
 
@@ -177,6 +196,19 @@ class Runner:
             options=options,
         )
         return hash_of(self.hosts.run(self.hosts.hosts[0], line, timeout=300, cwd=self.folder), out)
+
+    def train_on_nodes(self, cluster, workers, submit=False):
+        """Train on a Ray cluster; return the parameters' hash."""
+        out = self.folder / str(next(self.count))
+        options = ["-o", f"train.max_steps={STEPS}", "--backend", "ray", "--nproc", str(workers)]
+        command = self.command("ray", options, out)
+        if submit:
+            work = self.folder / "work"
+            work.mkdir(exist_ok=True)
+            address = cluster.dashboard_address
+            job = [prefix_of("ray") / "bin" / "ray", "job", "submit", "--address", address]
+            command = [*job, "--working-dir", work, "--", *command]
+        return hash_of(cluster.run_driver(command, timeout=300, cwd=self.folder), out)
 
     def resume(self, ways):
         """Train in the first way, stop on the way, and end in the second one; return the parameters' hash."""

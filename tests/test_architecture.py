@@ -29,7 +29,23 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "distbp"
 
 DRAWING = (
-    ("the commands and the small API", ("cli", "api", "doctor")),
+    (
+        "the commands and the small API",
+        (
+            "cli",
+            "api",
+            "doctor",
+            "doctor_folder",
+            "doctor_links",
+            "doctor_mpi",
+            "doctor_ranks",
+            "doctor_ray",
+            "doctor_ray_links",
+            "doctor_ray_nodes",
+            "doctor_upload",
+            "doctor_witness",
+        ),
+    ),
     ("what the user calls", ("trainer",)),
     (
         "who starts workers, who decides, and what a worker does",
@@ -56,7 +72,14 @@ ISLANDS = ("nn", "optim", "data", "checkpoint", "transports")
 
 ONLY_IN = {
     "mpi4py": {"transports.mpi", "backends.mpi"},
-    "ray": {"backends.ray"},
+    "ray": {
+        "backends.ray",
+        "backends.ray_cluster",
+        "backends.ray_doctor",
+        "backends.ray_memory",
+        "backends.ray_collective",
+        "backends.ray_collective.board",
+    },
     "PIL": {"data.image_folder"},
 }
 """Optional packages, imported lazily and only where a backend or transport is made of them."""

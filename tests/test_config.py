@@ -92,6 +92,7 @@ BAD_OVERRIDES = [
     ("checkpoint.keep=1", "checkpoint.keep", ">= 2"),
     ("checkpoint.every_steps=0", "checkpoint.every_steps", ">= 1"),
     ("checkpoint.every_seconds=0", "checkpoint.every_seconds", "> 0"),
+    ("checkpoint.every_seconds=often", "checkpoint.every_seconds", 'or "auto", or "none"'),
     ("run.backend=slurm", "run.backend", '"mpi"'),
     ("run.nproc=0", "run.nproc", ">= 1"),
     ("run.nproc=65537", "run.nproc", "<= 65536"),
@@ -338,6 +339,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
             return TEXTS
         case inspect.VarTupleType():
             return st.lists(values_of(kind.item_type), min_size=kind.min_length or 0, max_size=5)
+        case inspect.UnionType():
+            return st.one_of(*map(values_of, kind.types))
     raise AssertionError(kind)
 
 

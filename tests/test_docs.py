@@ -75,6 +75,7 @@ ALTERNATIVES: dict[str, object] = {
     "run.log_samples": True,
     "run.overlap": False,
     "run.bucket_kib": 64,
+    "run.ray_insecure": True,
 }
 """Key -> a value that is not its default, for the built-in digits."""
 

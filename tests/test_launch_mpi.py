@@ -52,7 +52,8 @@ run = here / "run"
 def write_log(rank, text):
     (run / "logs").mkdir(parents=True, exist_ok=True)
     with (run / "logs" / f"rank-{{rank:05d}}.log").open("a") as file:
-        file.write(f"12:00:00 worker {{rank}} of 2, pid {{1000 + rank}}\\n" + text)
+        process = f"pid {{1000 + rank}}, host a, launcher rank {{1 - rank}}"  # Dealt out backwards.
+        file.write(f"12:00:00 worker {{rank}} of 2, {{process}}\\n" + text)
 
 def stop(number, frame):
     write_down(signal=signal.Signals(number).name)
@@ -96,6 +97,8 @@ if "segment" in part:
         time.sleep(0.01)
 print(part.get("stdout", ""), flush=True)
 print(part.get("stderr", ""), file=sys.stderr, flush=True)
+if "linger" in part:
+    signal.pause()
 if part.get("code") == "SIGKILL":
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(part["code"])
@@ -160,6 +163,7 @@ class StandIn:
             cwd=REPOSITORY,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=listen_to_signals,
         )
         launcher = int(self.meet())
         try:
@@ -173,6 +177,12 @@ class StandIn:
     def meet(self) -> str:
         """Return what the waiting launcher says next."""
         return (self.here / "ready").read_text()
+
+
+def listen_to_signals() -> None:
+    """Forget that the tests may run under nohup: a shell cannot catch what it was started to ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 # ----- which launcher, and what it is told
@@ -275,6 +285,16 @@ def test_an_unknown_launcher_is_refused(tmp_path: Path) -> None:
     assert "another world" in ended.stderr
 
 
+def test_a_script_that_was_copied_alone_is_refused(tmp_path: Path) -> None:
+    """Without the file that finds the culprit the answer is 78, before anything is started."""
+    shutil.copy(MPIRUN, tmp_path / "alone.sh")
+    stand_in = StandIn(tmp_path)
+    ended = stand_in.run(*stand_in.words(), script=tmp_path / "alone.sh")
+    assert ended.returncode == 78
+    assert "expected culprit.awk beside this script" in ended.stderr
+    assert stand_in.calls() == []
+
+
 def test_a_missing_launcher_is_refused(tmp_path: Path) -> None:
     """Without mpirun and mpiexec the answer is 78 and where one comes from."""
     needed = ("env", "bash", "dirname", "sed")
@@ -299,13 +319,14 @@ def test_a_missing_launcher_is_refused(tmp_path: Path) -> None:
         (MPICH, 137, 69),
         (OPEN_MPI, 137, 69),
         (OPEN_MPI, 139, 69),
-        (OPEN_MPI, 9, 9),
+        (OPEN_MPI, 9, 69),
+        *((version, code, code) for version in (MPICH, OPEN_MPI) for code in (126, 127, 213, 255)),
     ],
 )
 def test_codes_of_launchers_become_those_of_distbp(
     tmp_path: Path, version: str, launchers: int, answer: int
 ) -> None:
-    """A rank killed by a signal is 69, as each launcher says it; every code of distbp's own stays."""
+    """A rank that was killed or left with a strange code is 69; codes of distbp or a failed start stay."""
     stand_in = StandIn(tmp_path, launchers, version=version)
     assert stand_in.train("--restarts", "0").returncode == answer
     assert len(stand_in.calls()) == 1
@@ -427,6 +448,13 @@ def test_processes_that_outlive_the_launcher_are_ended(tmp_path: Path) -> None:
             other.kill()
 
 
+def test_a_launcher_that_ignores_last_words_is_ended(tmp_path: Path) -> None:
+    """A launcher that lives on after a rank has said why it ends the job is ended, and the answer is 69."""
+    ended = StandIn(tmp_path, {"stderr": KILLED, "linger": True}).train("--restarts", "0")
+    assert ended.returncode == 69
+    assert "ending it" in ended.stderr
+
+
 def test_segments_of_the_job_are_removed(tmp_path: Path) -> None:
     """A segment that the job had mapped is removed; an equally named one that it never mapped stays."""
     ours = Path(f"/dev/shm/mpich_shm_{uuid.uuid4().hex}")
@@ -471,32 +499,71 @@ def test_nothing_of_its_own_is_left(tmp_path: Path) -> None:
 # ----- the culprit
 
 SAID_BY_MPICH = "=   PID 1001 RUNNING AT a\n=   EXIT CODE: 9\n"
-SAID_BY_OPEN_MPI = "prterun noticed that process rank 3 with PID 1001 on node a exited on\nsignal 9 (Killed)."
+SAID_BY_OPEN_MPI = "prterun noticed that process rank 0 with PID 77 on node a exited on\nsignal 9 (Killed)."
+ABORTED = 'prterun has exited due to process rank 1 with PID 0 on node a calling\n"abort".'
+KILLED = "mpirun.sh: rank 0, process 1001, host a: killed by signal 9\n"
+LEFT = "mpirun.sh: rank 1, process 1000, host a: left with 14\n"
+RAISED = "distbp: rank 1 on host a: Traceback (most recent call last):\n"
+WAITED = "distbp: rank 0 on host a: waited 10 s for worker 1 of the same host, ...: resuming is safe"
+OTHER_HOST = "distbp: rank 1 on host a: alltoall on host a: waited 10 s for host b; ...: resuming is safe\n"
 SILENT = {"0": "", "1": ""}
+LOST = "x failed with 69: waited 10 s for worker 1 of the same host; resuming is safe\n"
+WORKER_1 = "culprit: worker 1 on host a (rank 0 of the launcher, process 1001)"
+IN_VAIN = ", for which the others waited in vain"
 
 
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"stdout": SAID_BY_MPICH, "logs": SILENT}, "culprit: worker 1;"),
-        ({"stderr": SAID_BY_OPEN_MPI, "logs": SILENT}, "culprit: worker 1;"),
+        ({"stderr": KILLED, "logs": SILENT}, f"{WORKER_1}, killed by signal 9\n"),
+        ({"stderr": KILLED}, "culprit: rank 0 of the launcher, process 1001 on host a, killed by signal 9\n"),
+        ({"stderr": "unfinished" + LEFT + KILLED, "logs": SILENT}, f"{WORKER_1}, killed by signal 9\n"),
+        ({"stderr": LEFT + KILLED.replace("killed by signal 9", "left with 3") + ABORTED}, ", left with 3\n"),
+        ({"stderr": KILLED + WAITED, "logs": SILENT}, f"{WORKER_1}, killed by signal 9\n"),
+        ({"stderr": RAISED, "logs": SILENT}, f"{WORKER_1}\n"),
+        ({"stderr": RAISED}, "culprit: worker 1 on host a\n"),
+        ({"stderr": RAISED + LEFT, "logs": SILENT}, f"{WORKER_1}\n"),
+        ({"stderr": WAITED, "logs": SILENT}, WORKER_1 + IN_VAIN),
+        ({"stderr": WAITED + LEFT, "logs": SILENT}, WORKER_1 + IN_VAIN),
+        ({"stderr": WAITED + OTHER_HOST, "logs": SILENT}, "culprit: host b or the link to it" + IN_VAIN),
+        ({"logs": {"0": LOST, "1": "x failed with 1: Traceback\n"}}, f"{WORKER_1}\n"),
+        ({"logs": {"0": LOST, "1": ""}}, WORKER_1 + IN_VAIN),
+        ({"stderr": SAID_BY_OPEN_MPI, "logs": SILENT}, f"{WORKER_1}\n"),
+        ({"stderr": SAID_BY_OPEN_MPI}, "culprit: rank 0 of the launcher, which names it"),
         (
-            {"logs": {"0": "x failed with 69: lost worker 1\n", "1": "x failed with 1: Traceback\n"}},
-            "culprit: worker 1;",
+            {"stderr": "   Process name: [prterun-vm-9@1,2]\n   Exit code:    77"},
+            "culprit: rank 2 of the launcher",
         ),
-        ({"logs": {"0": "x failed with 69: lost worker 1\n", "1": ""}}, "culprit: perhaps worker 0;"),
+        ({"stderr": "Abort(1) on node 1 (rank 1 in comm 0): application called"}, "culprit: rank 1 of the"),
+        ({"stdout": SAID_BY_MPICH}, "culprit: unknown"),
         ({"logs": SILENT}, "culprit: perhaps worker"),
-        ({"stderr": SAID_BY_OPEN_MPI}, "rank 3, process 1001"),
-        ({"stderr": "   Process name: [prterun-vm-9@1,2]\n   Exit code:    77"}, "rank 2, process -"),
-        ({"stderr": "Abort(1) on node 1 (rank 1 in comm 0): application called"}, "rank 1, process -"),
         ({}, "culprit: unknown"),
     ],
 )
 def test_the_culprit_is_named(tmp_path: Path, part: dict[str, object], message: str) -> None:
-    """Who failed first is named from the launcher's words and the workers' logs, best evidence first."""
+    """Who failed first is named from last words and from the workers' logs, best evidence first."""
     ended = StandIn(tmp_path, {"code": 77} | part).train()
     assert ended.returncode == 77
     assert message in ended.stderr
+
+
+@pytest.mark.parametrize("code", [2, 65, 66, 73, 78])
+def test_nobody_is_accused_of_what_all_ranks_say(tmp_path: Path, code: int) -> None:
+    """When all ranks leave with an error of the request, who left first is no culprit."""
+    part = {"code": code, "stderr": f"   Process name: [prterun-vm-9@1,1]\n   Exit code:    {code}"}
+    ended = StandIn(tmp_path, part).train()
+    assert ended.returncode == code
+    assert "culprit" not in ended.stderr
+
+
+def test_what_the_log_says_is_shown(tmp_path: Path) -> None:
+    """The top and the end of the culprit's log of this start are shown, a long middle is not."""
+    lines = "".join(f"line {number}\n" for number in range(40))
+    ended = StandIn(tmp_path, {"code": 79, "logs": {"0": "x failed with 79: " + lines}}).train()
+    said = [line.removeprefix("mpirun.sh:").strip() for line in ended.stderr.splitlines()]
+    begin = said.index(f"{tmp_path}/run/logs/rank-00000.log says:")
+    shown = ["x failed with 79: line 0", "line 1", "line 2", "line 3", "...", "line 36", "line 37", "line 38"]
+    assert said[begin + 2 : begin + 11] == [*shown, "line 39"]
 
 
 def test_logs_of_an_earlier_start_accuse_nobody(tmp_path: Path) -> None:
@@ -504,7 +571,7 @@ def test_logs_of_an_earlier_start_accuse_nobody(tmp_path: Path) -> None:
     first = {"code": 69, "logs": {"0": "", "1": "x failed with 69: lost\n"}}
     second = {"code": 77, "logs": {"0": "x failed with 77: key\n", "1": ""}}
     ended = StandIn(tmp_path, first, second).train()
-    assert "culprit: worker 0;" in ended.stderr
+    assert "culprit: worker 0 on" in ended.stderr
     assert "failed with 77: key" in ended.stderr
 
 

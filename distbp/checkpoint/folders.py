@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from distbp.checkpoint.files import error_name
+from distbp.checkpoint.files import error_name, no_pause
 from distbp.checkpoint.reading import verify
 from distbp.errors import CannotWrite, CheckpointError
 
@@ -74,13 +74,13 @@ def remove_leftovers(directory: Path) -> list[str]:
     return leftovers
 
 
-def prune(newest: Path, *, keep: int) -> list[Path]:
+def prune(newest: Path, *, keep: int, pause: Callable[[int], None] = no_pause) -> list[Path]:
     """Remove all checkpoints older than the `keep`-th that verifies, and return their paths.
 
     `newest` was verified while it was written and is durable.  Those of later steps, which exist when a run
     went back to an earlier one, are neither counted nor touched.  Damaged ones between those that are kept
-    stay: they cost space and may hold evidence.  If fewer than `keep` verify, nothing is removed.  OSError if
-    the disk refuses.
+    stay: they cost space and may hold evidence.  If fewer than `keep` verify, nothing is removed.  `pause` is
+    called after each block that was read.  OSError if the disk refuses.
     """
     kept = 0
     removed: list[Path] = []
@@ -89,7 +89,7 @@ def prune(newest: Path, *, keep: int) -> list[Path]:
         if kept >= keep:
             discard(path, "pruned")
             removed.append(path)
-        elif path == newest or not verify(path, only_crc=True):
+        elif path == newest or not verify(path, only_crc=True, pause=pause):
             kept += 1
     return removed
 

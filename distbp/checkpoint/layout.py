@@ -80,7 +80,7 @@ def encode_header(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, st
     return prefix + text
 
 
-def decode_prefix(prefix: bytes, file_bytes: int, *, where: str) -> int:
+def decode_prefix(prefix: bytes | bytearray, file_bytes: int, *, where: str) -> int:
     """Return the length of the header in bytes, at most 16 MiB and inside a file of `file_bytes`."""
     length = int.from_bytes(prefix, "little")
     limit = min(MAX_HEADER_BYTES, file_bytes - PREFIX_BYTES)
@@ -92,7 +92,7 @@ def decode_prefix(prefix: bytes, file_bytes: int, *, where: str) -> int:
 
 
 def decode_header(
-    header: bytes, payload_bytes: int, *, where: str
+    header: bytes | bytearray, payload_bytes: int, *, where: str
 ) -> tuple[list[TensorEntry], dict[str, str]]:
     """Return the tensors of `header` in order, and its metadata; they cover `payload_bytes` exactly once."""
     # No name may contain a brace, so that braces count the tensors before anything is built from them.

@@ -75,7 +75,7 @@ def sign(fields: Mapping[str, Any]) -> bytes:
     return body.removesuffix(b"\n}\n") + last_key
 
 
-def decode(data: bytes, *, expected_files: frozenset[str]) -> Manifest:
+def decode(data: bytes | bytearray, *, expected_files: frozenset[str]) -> Manifest:
     """Return the manifest in `data`, which lists `expected_files`; CheckpointError says what is wrong."""
     fields = parse_object(data, where=MANIFEST_FILE, max_values=1000)
     if fields.get("format") != FORMAT:

@@ -41,7 +41,7 @@ def dump_json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode("ascii")
 
 
-def parse_object(data: bytes, *, where: str, max_values: int) -> dict[str, Any]:
+def parse_object(data: bytes | bytearray, *, where: str, max_values: int) -> dict[str, Any]:
     """Return the JSON object in `data`; raise CheckpointError that begins with `where` for anything else.
 
     `max_values` bounds the number of values and the number of quotes, because one byte of input can cost an
@@ -67,7 +67,7 @@ def parse_object(data: bytes, *, where: str, max_values: int) -> dict[str, Any]:
     return value
 
 
-def _is_too_deep(data: bytes) -> bool:
+def _is_too_deep(data: bytes | bytearray) -> bool:
     """Return whether brackets outside of strings nest deeper than MAX_DEPTH, or are not balanced.
 
     One pass of `replace` removes exactly the innermost pairs, so MAX_DEPTH passes remove everything that is

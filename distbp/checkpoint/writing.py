@@ -7,13 +7,15 @@ often, is not known here.
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from distbp.checkpoint import layout, manifest
-from distbp.checkpoint.files import error_name, sync_folder, write_file
+from distbp.checkpoint.files import error_name, no_pause, sync_folder, write_file
 from distbp.checkpoint.folders import discard, prune, remove_path, step_name
 from distbp.checkpoint.manifest import MANIFEST_FILE, Manifest
 from distbp.checkpoint.reading import METADATA_FILE, STATE_FILE, config_sha256, decode_metadata, verify
@@ -21,7 +23,7 @@ from distbp.checkpoint.snapshot import Snapshot, little_endian_bytes
 from distbp.checkpoint.strict_json import dump_json
 from distbp.errors import CannotWrite, CheckpointError, ConfigError
 
-__all__ = ["save"]
+__all__ = ["clean_up", "save"]
 
 
 def save(
@@ -30,7 +32,7 @@ def save(
     *,
     keep: int,
     attempt: int = 0,
-    after_write: Callable[[int], None] | None = None,
+    pause: Callable[[int], None] = no_pause,
 ) -> Path:
     """Write `snapshot` to `directory` (RUN/checkpoints) and return its path once it is durable.
 
@@ -39,7 +41,8 @@ def save(
         snapshot: its arrays must not change until this returns.
         keep: how many verified checkpoints stay, at least 2; 0 keeps all.
         attempt: the number of this start of the job, so that two starts never share a temporary folder.
-        after_write: called with the total number of bytes after each block of at most 4 MiB, for progress.
+        pause: called after each block of at most 1 MiB that was written, or read for pruning, with its number
+            of bytes; here a save in the background gives way to others.
 
     A checkpoint of the same step that verifies is kept and returned; a damaged one is replaced.
 
@@ -52,17 +55,19 @@ def save(
     assert keep == 0 or keep >= 2, f"keep is 0 (all) or at least 2, got {keep!r}"
     header, metadata = _encode(snapshot)
     final = directory / step_name(snapshot.step)
-    temporary = directory / f"{final.name}.tmp-{attempt}"
+    # The random part: after a failure the same step gets a new name, and so does a process that was taken for
+    # dead and is not.
+    temporary = directory / f"{final.name}.tmp-{attempt}-{secrets.token_hex(4)}"
     try:
         _make_directory(directory)
         if os.path.lexists(final) and not verify(final):
             sync_folder(directory)  # Its writer may have been killed between rename and fsync.
         else:
-            _write_folder(temporary, snapshot, header, metadata, after_write or _ignore)
+            _write_folder(temporary, snapshot, header, metadata, pause)
             _publish(temporary, final)
     except OSError as error:
         raise _cannot_write(error, final, len(header) + _payload_bytes(snapshot) + len(metadata)) from error
-    _clean_up(final, keep)
+    clean_up(final, keep=keep, pause=pause)
     return final
 
 
@@ -89,25 +94,17 @@ def _make_directory(directory: Path) -> None:
 
 
 def _write_folder(
-    temporary: Path, snapshot: Snapshot, header: bytes, metadata: bytes, after_write: Callable[[int], None]
+    temporary: Path, snapshot: Snapshot, header: bytes, metadata: bytes, pause: Callable[[int], None]
 ) -> None:
     """Write the whole checkpoint under its temporary name; on any error the folder is removed again."""
-    total = 0
-
-    def wrote(count: int) -> None:
-        nonlocal total
-        total += count
-        after_write(total)
-
-    remove_path(temporary)
     os.mkdir(temporary, 0o700)
     try:
         files = {
-            STATE_FILE: write_file(temporary, STATE_FILE, _state_pieces(header, snapshot), wrote),
-            METADATA_FILE: write_file(temporary, METADATA_FILE, [metadata], wrote),
+            STATE_FILE: write_file(temporary, STATE_FILE, _state_pieces(header, snapshot), pause),
+            METADATA_FILE: write_file(temporary, METADATA_FILE, [metadata], pause),
         }
         listed = Manifest(snapshot.step, config_sha256(snapshot.metadata), files)
-        write_file(temporary, MANIFEST_FILE, [manifest.encode(listed)], wrote)
+        write_file(temporary, MANIFEST_FILE, [manifest.encode(listed)], pause)
         sync_folder(temporary)
     except BaseException:
         _remove_after_error(temporary)
@@ -145,12 +142,16 @@ def _publish(temporary: Path, final: Path) -> None:
         raise
 
 
-def _clean_up(final: Path, keep: int) -> None:
-    """Remove what the new checkpoint replaces and outdates; CannotWrite says that it is safe nevertheless."""
+def clean_up(final: Path, *, keep: int, pause: Callable[[int], None] = no_pause) -> None:
+    """Remove what the new checkpoint replaces and outdates; CannotWrite says that it is safe nevertheless.
+
+    `save` does this last; whoever wants to know at once when a checkpoint is durable saves with keep=0, and
+    then calls this.
+    """
     try:
         remove_path(_damaged(final))
         if keep:
-            prune(final, keep=keep)
+            prune(final, keep=keep, pause=pause)
     except (OSError, CheckpointError) as error:
         reason = error_name(error) if isinstance(error, OSError) else str(error)
         raise CannotWrite(
@@ -175,17 +176,19 @@ def _payload_bytes(snapshot: Snapshot) -> int:
 
 
 def _cannot_write(error: OSError, final: Path, needed: int) -> CannotWrite:
-    """Return the error that says why, where, and how much room there is."""
+    """Return the error that says why, where, how much room there is, and what to do."""
     try:
         status = os.statvfs(final.parent)
         free = f"{status.f_bavail * status.f_frsize}"
     except OSError:
         free = "an unknown number"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cure = "free some space"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        cure = "make the directory writable"
+    else:
+        cure = "see whether that disk works"
     return CannotWrite(
         f"cannot save {final}: {error_name(error)}; it needs {needed} bytes, {free} are free there; "
-        "older checkpoints are untouched: free some space, or choose another --out"
+        f"older checkpoints are untouched: {cure}, or choose another --out"
     )
-
-
-def _ignore(total: int) -> None:
-    """Be told of progress and do nothing."""

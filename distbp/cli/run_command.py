@@ -16,7 +16,7 @@ __all__ = ["command"]
 )
 @click.option("--nproc", type=click.IntRange(min=1), help="Number of workers.  [default: cores]")
 @click.option(
-    "--backend", type=click.Choice(["serial", "local"]), default=None, help="Who starts the workers."
+    "--backend", type=click.Choice(["serial", "local", "ray"]), default=None, help="Who starts the workers."
 )
 @click.option(
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="BLAS threads each."
@@ -28,6 +28,7 @@ __all__ = ["command"]
     show_default=True,
     help="Losses without progress.",
 )
+@click.option("--ray-insecure", is_flag=True, help="Use a Ray cluster that asks for no token.")
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def command(
@@ -35,6 +36,7 @@ def command(
     backend: str | None,
     threads: int,
     max_restarts: int,
+    ray_insecure: bool,
     script: str,
     args: tuple[str, ...],
 ) -> int:
@@ -45,6 +47,12 @@ def command(
 
     if not Path(script).is_file():
         raise InputMissing(f"no such script: {script!r}")
+    if backend == "ray":
+        from distbp.cli.ray_train import run_on_ray
+
+        return run_on_ray(
+            [script, *args], nproc, threads=threads, max_restarts=max_restarts, insecure=ray_insecure
+        )
     if backend is None and claim() is not None:
         return _run_here(script, args)
     if backend == "serial" or (backend is None and sys.platform != "linux"):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from distbp.config import Config, Resolved
     from distbp.data import Prepared
 
@@ -59,14 +61,29 @@ def command(
 
     from distbp.backends.launcher import claim
 
-    if claim() is not None:
+    # `srun ray symmetric-run` leaves a launcher's variables to the driver of a Ray job.
+    if claim() is not None and not _asks_for_ray(read):
         from distbp.cli.mpi_train import train_on_ranks
 
         return train_on_ranks(read, dry_run=dry_run)
     config = read()
+    if config.run.backend == "ray":
+        from distbp.cli.ray_train import train_on_ray
+
+        return train_on_ray(config, dry_run=dry_run)
     from distbp.cli.job import load_data
 
     return train(config, load_data(config), dry_run=dry_run)
+
+
+def _asks_for_ray(read: Callable[[], Config]) -> bool:
+    """Return whether the configuration chooses Ray; what is wrong with it is said by whoever uses it."""
+    from distbp.errors import DistbpError
+
+    try:
+        return read().run.backend == "ray"
+    except DistbpError:
+        return False
 
 
 def read_config(
@@ -144,8 +161,6 @@ def choose_workers(config: Config) -> tuple[str, int]:
     from distbp.partition import default_micro_batch
 
     backend = config.run.backend
-    if backend == "ray":
-        raise ConfigError("run.backend 'ray' is not part of this version; use 'local', 'serial' or 'mpi'")
     if backend == "mpi":
         raise ConfigError("run.backend 'mpi' needs a launcher, as in: mpirun -n 4 distbp train ...")
     if backend == "auto":

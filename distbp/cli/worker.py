@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distbp.backends.local_worker import LocalMembership
+    from distbp.backends.member import JobMembership
 
 __all__ = ["main"]
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
     from distbp.trainer import membership
 
-    members: LocalMembership = membership()  # type: ignore[assignment]
+    members: JobMembership = membership()  # type: ignore[assignment]
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda received, frame: members.report_stop(received))
     for noted in early:
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     return run_reporting(members, arguments)
 
 
-def run_reporting(members: LocalMembership, arguments: list[str]) -> int:
+def run_reporting(members: JobMembership, arguments: list[str]) -> int:
     """Run the program and tell the launching process how it ended."""
     import traceback
 
@@ -89,13 +89,11 @@ def _flush() -> None:
             stream.flush()
 
 
-def _train(members: LocalMembership) -> None:
+def _train(members: JobMembership) -> None:
     """Receive the job of a `distbp train` and carry it out."""
     from distbp.cli.job import fit_job
 
-    message, descriptor = members.receive_job()
-    assert descriptor is not None, "a training job comes with its data"
-    fit_job(message, descriptor)
+    fit_job(*members.receive_job())
 
 
 if __name__ == "__main__":

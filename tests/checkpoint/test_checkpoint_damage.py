@@ -6,16 +6,15 @@ import json
 import os
 import random
 import shutil
-import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from distbp.checkpoint import describe, load, newest_verified, reading, verify
+from distbp.checkpoint import load, newest_verified, reading, verify
 from distbp.errors import CheckpointError
+from tests.hostile.corpus import sign_again
 
 from .checkpoint_states import assert_same, holds, save_steps, small_snapshot
-from .hostile import AT_THE_LIMIT, HOSTILE, sign_again
 
 FILES = ["manifest.json", "metadata.json", "state.safetensors"]
 
@@ -137,30 +136,6 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     assert_refused(tmp_path / "folder", "manifest.json: is missing")
     assert_refused(tmp_path / "file", "expected a readable folder")
     assert_refused(tmp_path / "link", "symbolic link")
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_content_is_refused_without_allocation(checkpoint, name):
-    """Each hostile checkpoint, though its hashes hold, is refused with 65; memory follows its real size."""
-    HOSTILE[name](checkpoint)
-    size = sum(file.lstat().st_size for file in checkpoint.iterdir())
-    tracemalloc.start()
-    try:
-        assert_refused(checkpoint, "")
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    # What is proportional to the file is allowed: parsed JSON takes more room than its text.
-    assert peak < 16 * size + (1 << 20)
-    describe(checkpoint)
-
-
-@pytest.mark.parametrize("name", AT_THE_LIMIT)
-def test_content_at_the_limit_is_accepted(checkpoint, name):
-    """What stands exactly at a limit loads."""
-    AT_THE_LIMIT[name](checkpoint)
-    assert verify(checkpoint) == []
-    load(checkpoint)
 
 
 def test_the_newest_that_verifies_is_chosen_and_damaged_ones_are_reported(tmp_path):

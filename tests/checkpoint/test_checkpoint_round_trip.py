@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -98,13 +99,27 @@ def test_the_payload_is_aligned_and_contiguous(tmp_path):
 
 
 def test_large_tensors_cross_block_borders(tmp_path):
-    """A tensor of several blocks and a half comes back, and progress grows up to the last byte."""
+    """A tensor of several blocks and a half comes back; a save pauses after each block, to the last byte."""
     values = np.random.default_rng(3).integers(0, 255, (9 << 20) + 17, np.uint8)
     seen: list[int] = []
-    path = save(tmp_path, Snapshot(1, {"values": values}, {}), keep=2, after_write=seen.append)
+    path = save(tmp_path, Snapshot(1, {"values": values}, {}), keep=2, pause=seen.append)
     assert_same(load(path), Snapshot(1, {"values": values}, {}))
-    assert seen == sorted(set(seen))
-    assert seen[-1] == sum(file.stat().st_size for file in path.iterdir())
+    assert max(seen) == 1 << 20
+    assert sum(seen) == sum(file.stat().st_size for file in path.iterdir())
+
+
+def test_verifying_takes_the_memory_of_a_block(tmp_path):
+    """However large the state, `verify` holds one block of 1 MiB of it; `load` holds the state once."""
+    state = {"values": np.ones(16 << 20, np.uint8), "flags": np.ones(16 << 20, np.bool_)}
+    path = save(tmp_path, Snapshot(1, state, {}), keep=2)
+    peaks = []
+    for read in (verify, load):
+        tracemalloc.start()
+        read(path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[0] < 2 << 20
+    assert peaks[1] < 33 << 20
 
 
 def test_only_the_owner_may_read(tmp_path):

@@ -17,7 +17,6 @@ from distbp.errors import DistbpError
 
 from .checkpoint_states import small_snapshot
 
-CALLS = ["mkdir", "openat", "write", "fsync", "rename", "unlink", "unlinkat", "rmdir"]
 KILLED = -9
 
 
@@ -58,7 +57,7 @@ def traced_save(directory: Path, step: int, *, keep: int, inject: str = "", log:
         _child(directory, step, keep, go_read, out_write)
     os.close(go_read)
     os.close(out_write)
-    command = ["strace", "-f", "-y", "-p", str(pid), "-o", str(log), "-e", "trace=" + ",".join(CALLS)]
+    command = ["strace", "-f", "-y", "-p", str(pid), "-o", str(log)]
     command += ["-e", f"inject={inject}"] if inject else []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         assert strace.stderr is not None

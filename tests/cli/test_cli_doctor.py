@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from distbp import cgroups, doctor
+from distbp.doctor_links import MOST_HOSTS_IN_PAIRS, Link, judge_links, rounds
+from distbp.doctor_ranks import Host, RankFacts, arrange, join_verdicts, judge_binding, judge_names, say_ranks
 from distbp.reduce import LaneReduction
 
 from .command_line import distbp, succeed
@@ -157,3 +159,95 @@ def test_the_doctor_starts_neither_mpi_nor_ray() -> None:
         "sys.exit(bool({'mpi4py', 'ray'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# ----- what is made of several ranks and hosts; tests/mpi/test_mpi_doctor.py has the real ones
+
+
+def rank(number: int, host: str = "a", **facts: object) -> RankFacts:
+    """Return the facts of a rank on a host with cores 0 to 3, all granted."""
+    known: dict[str, object] = {
+        "rank": number, "host": host, "identity": host, "cores": (0, 1, 2, 3), "granted": (0, 1, 2, 3),
+        "present": 4, "quota": None, "threads": 1, "trouble": "", "software": {},
+    }  # fmt: skip
+    return RankFacts(**(known | facts))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4, 7, 8, MOST_HOSTS_IN_PAIRS])
+def test_every_pair_of_hosts_meets_once(hosts: int) -> None:
+    """All pairs occur once, and no host is in two pairs of a round."""
+    pairs = [pair for several in rounds(hosts) for pair in several]
+    assert sorted(pairs) == [(a, b) for a in range(hosts) for b in range(a + 1, hosts)]
+    for several in rounds(hosts):
+        met = [host for pair in several for host in pair]
+        assert len(met) == len(set(met))
+
+
+@pytest.mark.parametrize("hosts", [MOST_HOSTS_IN_PAIRS + 1, 200])
+def test_of_many_hosts_neighbours_meet(hosts: int) -> None:
+    """Above the limit each host meets two neighbours, in three rounds, and the finding says so."""
+    pairs = [pair for several in rounds(hosts) for pair in several]
+    assert len(pairs) == len(set(pairs)) == hosts
+    assert len(rounds(hosts)) == 3
+    for several in rounds(hosts):
+        met = [host for pair in several for host in pair]
+        assert len(met) == len(set(met))
+    links = [Link((f"h{a}", f"h{b}"), (1e9, 1e9), 1e-5) for a, b in pairs]
+    assert "only neighbours" in judge_links(links, hosts).finding
+
+
+def test_a_slow_link_is_named() -> None:
+    """A link that carries less than half of the median, in either direction, is a warning with its hosts."""
+    links = [Link((f"h{a}", f"h{b}"), (1.25e8, 1.25e8), 1e-5) for a, b in [(0, 1), (0, 2), (1, 2)]]
+    assert judge_links(links, 3).status == "ok"
+    links[1] = Link(("h0", "h2"), (1.25e8, 1e7), 1e-5)
+    verdict = judge_links(links, 3)
+    assert verdict.status == "warn"
+    assert verdict.finding.endswith("h0 and h2")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ([rank(0), rank(1), rank(2), rank(3)], ""),
+        ([rank(0, cores=(0,)), rank(1, cores=(1,)), rank(2, cores=(2,)), rank(3, cores=(3,))], ""),
+        ([rank(0, cores=(0,)), rank(1, cores=(1,))], "bound to cores 0-1, while cores 2-3 are idle"),
+        ([rank(0, cores=(0,), granted=(0,)), rank(1, cores=(1,), granted=(1,))], ""),
+        ([rank(0, cores=(0, 1), threads=4)], "rank 0: 4 threads bound to cores 0-1"),
+        ([rank(0, cores=(2,)), rank(1, cores=(2,))], "ranks 0-1 are bound to core 2 together"),
+        ([rank(0, threads=4), rank(1, threads=4)], "2 ranks with 8 threads together on 4 cores"),
+        ([rank(0, quota=1.5, threads=3)], "on 2 cores; a cgroup grants the time of 1.5"),
+    ],
+)  # fmt: skip
+def test_cores_are_compared_with_threads(ranks: list[RankFacts], words: str) -> None:
+    """Too few cores, one core for several ranks, idle ones beside bound ranks, and a quota are warnings."""
+    verdict = judge_binding([Host("a", tuple(ranks))], "mpirun --bind-to none")
+    assert verdict.status == ("warn" if words else "ok")
+    assert words in verdict.finding
+    assert ("--bind-to none" in verdict.cure) is ("bound" in words)
+
+
+def test_ranks_are_sorted_into_hosts() -> None:
+    """Ranks of one identity are a host; hosts of one name are told apart by their first rank."""
+    hosts = arrange([rank(2, "b"), rank(0, "a"), rank(1, "b"), rank(3, "a", identity="other")])
+    assert [host.name for host in hosts] == ["a (rank 0)", "b", "a (rank 3)"]
+    assert [[one.rank for one in host.ranks] for host in hosts] == [[0], [1, 2], [3]]
+    assert say_ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
+
+
+def test_the_worst_verdict_counts_and_names_its_hosts() -> None:
+    """A check that fails on some hosts fails, with the finding of each of them."""
+    good, bad = doctor.Verdict("ok", "fine"), doctor.Verdict("FAIL", "broken", "mend it")
+    joined = join_verdicts({"a": {"arena": good, "out": good}, "b": {"arena": bad}, "c": {"arena": good}})
+    assert joined == {"arena": doctor.Verdict("FAIL", "b: broken", "mend it"), "out": good}
+    joined = join_verdicts({"a": {"arena": good}, "b": {"arena": good}})
+    assert joined == {"arena": doctor.Verdict("ok", "fine (on a; ok on all 2 hosts)")}
+
+
+def test_a_name_that_leads_to_itself_is_a_warning() -> None:
+    """A host whose name leads to a loopback address only cannot be found by the others."""
+    assert judge_names({"a": ["127.0.1.1"]}).status == "ok"
+    assert judge_names({"a": ["10.0.0.1"], "b": ["10.0.0.2", "127.0.0.1"]}).status == "ok"
+    verdict = judge_names({"a": ["10.0.0.1"], "b": ["127.0.1.1"], "c": []})
+    assert verdict.status == "warn"
+    assert "b (127.0.1.1), c (no address)" in verdict.finding

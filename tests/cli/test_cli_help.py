@@ -22,7 +22,7 @@ DOCUMENTED = {
     "predict": "-o",
     "generate": "--prompt --length --temperature --seed",
     "inspect": "--json --verify",
-    "doctor": "--json --out",
+    "doctor": "--backend --json --out --ray-insecure",
     "config show": "-c -o --origin --json",
     "config init": "",
     "config check": "",

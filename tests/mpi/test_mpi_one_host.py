@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import Job, result_of, wait_until
+from tests.mpi.conftest import launcher_rank, on_rank
 
 pytestmark = pytest.mark.mpi
 
@@ -121,7 +122,7 @@ def test_a_stopped_rank_is_named(mpi, tmp_path):
     longer = [*OPTIONS, "-o", "train.max_steps=100000"]
     launcher = mpi.start(2, "-m", "distbp.cli.main", "train", "digits", *longer, "--out", out)
     wait_until(lambda: steps_of(out) >= 20)
-    victim = next(p for p in ranks_of(launcher) if rank_of(p) == 1)
+    victim = next(p for p in ranks_of(launcher) if launcher_rank(p) == 1)
     victim.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     _, stderr = launcher.communicate(timeout=60)
@@ -129,12 +130,6 @@ def test_a_stopped_rank_is_named(mpi, tmp_path):
     assert launcher.returncode == 69, stderr
     assert "rank 0 on host" in stderr
     assert "for worker 1 of the same host" in stderr
-
-
-def rank_of(process):
-    """The number that the launcher gave to a process."""
-    environment = process.environ()
-    return int(environment.get("PMI_RANK", environment.get("OMPI_COMM_WORLD_RANK", "-1")))
 
 
 def test_a_signal_to_the_launcher_saves_and_stops(mpi, undisturbed, distbp, tmp_path):
@@ -164,11 +159,6 @@ def test_a_local_run_goes_on_under_mpirun(mpi, undisturbed, start, tmp_path):
     assert result_of(out)["state_sha256"] == undisturbed["state_sha256"]
 
 
-ODD_RANK = (
-    "import os\nif os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '1': {change}\n"
-)
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -179,7 +169,7 @@ ODD_RANK = (
 )
 def test_ranks_that_differ_are_refused(mpi, change, named, tmp_path):
     """Another option, BLAS kernel or CPU feature on one rank is found before step 1: 78, with the cure."""
-    (tmp_path / "sitecustomize.py").write_text(ODD_RANK.format(change=change))
+    (tmp_path / "sitecustomize.py").write_text(on_rank(1, change))
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
     environment = {"PYTHONPATH": path, "OPENBLAS_CORETYPE": "Haswell"}
     done = mpi.distbp(3, "train", "digits", *OPTIONS, "--out", tmp_path / "run", env=environment)

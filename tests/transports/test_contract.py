@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from distbp.errors import TransportError
 from distbp.transports.base import TransportAborted
 from distbp.transports.threads import Hub
+from tests.transports.lanes import open_lanes
 
 PATIENCE_S = 60.0
 """No test waits this long; it only keeps a broken transport from hanging the suite."""
@@ -34,7 +35,18 @@ def threads_network(size, deadline_s):
         transport.close()
 
 
-NETWORKS = {"threads": threads_network}
+@contextmanager
+def tcp_network(size, deadline_s):
+    """Connect hosts by real connections over the loopback interface."""
+    transports = open_lanes(size, deadline_s)
+    yield transports
+    for transport in transports:
+        transport.close()
+
+
+NETWORKS = {"threads": threads_network, "tcp": tcp_network}
+
+SIZES = (1, 2, 3, 4, 5)
 
 DTYPES = ("f4", "f8", "i8", "u1")
 
@@ -84,7 +96,7 @@ def same_bits(left, right):
     return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_ranks_and_sizes(network, size):
     """Every end knows which host it is and how many there are."""
     with network(size, PATIENCE_S) as transports:
@@ -95,7 +107,7 @@ def test_ranks_and_sizes(network, size):
 
 @pytest.mark.parametrize("count", [0, 1, 1000, 300_000])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_alltoall(network, size, dtype, count):
     """Host r gets from host s the bits that s had for r; buffers have a size for each pair, 0 among them."""
 
@@ -113,7 +125,7 @@ def test_alltoall(network, size, dtype, count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_allgather(network, size, dtype):
     """Everybody gets everybody's buffer, of a length of its own, into views of one vector."""
     edges = np.cumsum([0, *(7 * (host % 3) for host in range(size))])
@@ -131,7 +143,7 @@ def test_allgather(network, size, dtype):
 
 
 @pytest.mark.parametrize("count", [0, 1, 300_000])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_broadcast_from_every_root(network, size, count):
     """Everybody ends with the root's bits, whichever host is the root."""
 
@@ -162,7 +174,7 @@ def test_matrices_travel_whole(network):
     assert all(connect_and_run(network, 2, work))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_the_barrier_lets_nobody_pass_early(network, size):
     """After the n-th barrier everybody has come to it n times."""
     arrived = [0] * size
@@ -179,7 +191,7 @@ def test_the_barrier_lets_nobody_pass_early(network, size):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    size=st.integers(1, 4),
+    size=st.sampled_from(SIZES),
     operations=st.lists(st.tuples(st.sampled_from("agbB"), st.integers(0, 50)), max_size=12),
 )
 @pytest.mark.parametrize("name", NETWORKS)
@@ -209,7 +221,7 @@ def test_any_order_of_operations(name, size, operations):
     connect_and_run(NETWORKS[name], size, work)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", SIZES[1:])
 def test_the_caller_owns_its_buffers_again(network, size):
     """A buffer that is overwritten as soon as the call returns changes nothing for anybody."""
 

@@ -1,0 +1,325 @@
+"""The Ray backend on real Ray clusters: one of its own on this machine, and three emulated nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Job, result_of, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PREFIX = Path(os.environ.get("RAY_PREFIX", REPOSITORY / ".venv-ray"))
+OPTIONS = [
+    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.epochs=10000",
+    "-o", "optimizer.clip_norm=2.0", "-o", "model.hidden=[64]",
+]  # fmt: skip
+LONG_STEPS = 1200
+SHORT = [*OPTIONS, "-o", "train.max_steps=40"]
+LONG = [
+    *OPTIONS,
+    "-o",
+    f"train.max_steps={LONG_STEPS}",
+    "-o",
+    "run.log_samples=true",
+    "-o",
+    "checkpoint.every_steps=200",
+]
+
+SCRIPT = """
+import distbp
+from distbp import nn
+
+train, validation = distbp.load_data("digits")
+model = nn.Sequential(nn.Flatten(), nn.Linear(32), nn.ReLU(), nn.Linear(10))
+trainer = distbp.Trainer(model, batch_size=64)
+{trouble}
+history = trainer.fit(train, val=validation, epochs=2, out={out!r})
+distbp.print(distbp.size(), history.result["parameters_sha256"])
+"""
+
+
+@pytest.fixture(scope="module")
+def prefix():
+    """The environment with Ray."""
+    if not (PREFIX / "bin" / "ray").exists():
+        pytest.skip(f"no Ray environment at {PREFIX}: run make ray-environment")
+    return PREFIX
+
+
+@pytest.fixture(scope="module")
+def hosts(prefix, tmp_path_factory):
+    """Three emulated hosts that share this test's directories."""
+    from cluster.emulated import EmulatedCluster
+    from cluster.requirements import what_is_missing
+
+    if reason := what_is_missing():
+        pytest.skip(reason)
+    with EmulatedCluster(3, shared=[tmp_path_factory.getbasetemp(), REPOSITORY, prefix]) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def nodes(hosts, prefix):
+    """A Ray cluster of three nodes with 2, 2 and 1 processors, and a dashboard for jobs."""
+    from cluster.ray import RayNodes
+
+    with RayNodes(hosts, prefix, {"host0": 2, "host1": 2, "host2": 1}, dashboard=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The results of one worker without Ray, of a short and of a long run."""
+    results = {}
+    for name, options in (("short", SHORT), ("long", LONG)):
+        out = tmp_path_factory.mktemp(name)
+        done = Job(["train", "digits", *options, "--backend", "serial", "--out", out], out, None).wait()
+        assert done.returncode == 0, done.stderr
+        results[name] = result_of(out)
+    return results
+
+
+def distbp(prefix, *arguments):
+    """The command line of a distbp command in the environment with Ray."""
+    return [prefix / "bin" / "python", "-m", "distbp.cli.main", *arguments]
+
+
+def train(nodes, prefix, nproc, out, *options):
+    """Train on the emulated nodes; return what came back."""
+    command = distbp(prefix, "train", "digits", "--backend", "ray", "--nproc", nproc, "--out", out, *options)
+    return nodes.run_driver(command, cwd=out.parent, timeout=90)
+
+
+def steps_of(out):
+    """The steps that a run has recorded."""
+    log = out / "samples.log"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def pids(hosts, host, kind):
+    """The processes of a kind of actor on a host, as seen from outside."""
+    return [pid for pid, argv in hosts.processes(host).items() if any(kind in word for word in argv)]
+
+
+@pytest.mark.parametrize(("nproc", "placed"), [(2, 1), (3, 2), (4, 2), (5, 3)])
+def test_nodes_give_the_same_bits(nodes, prefix, nproc, placed, undisturbed, tmp_path):
+    """Two to five workers on one, two and three nodes end in the bits of one worker without Ray."""
+    done = train(nodes, prefix, nproc, tmp_path / "run", *SHORT)
+    assert done.returncode == 0, done.stderr
+    result = result_of(tmp_path / "run")
+    assert (result["backend"], result["world_size"], result["hosts"]) == ("ray", nproc, placed)
+    assert result["state_sha256"] == undisturbed["short"]["state_sha256"]
+    assert result["validation"] == undisturbed["short"]["validation"]
+
+
+def test_a_laptop_needs_no_cluster(prefix, undisturbed, tmp_path):
+    """Without RAY_ADDRESS a Ray of our own starts, with a token that nobody else may read, and ends."""
+    home = tmp_path / "home"
+    home.mkdir()
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DISTBP_"))}
+    command = distbp(
+        prefix, "train", "digits", "--backend", "ray", "--nproc", "3", "--out", tmp_path / "run", *SHORT
+    )
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=known | {"HOME": str(home), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert result_of(tmp_path / "run")["state_sha256"] == undisturbed["short"]["state_sha256"]
+    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+
+def test_a_job_is_submitted(nodes, hosts, prefix, undisturbed, tmp_path):
+    """`ray job submit -- distbp train --backend ray` ends well and in the same bits."""
+    work = tmp_path / "work"
+    work.mkdir()
+    submit = [
+        prefix / "bin" / "ray",
+        "job",
+        "submit",
+        "--address",
+        nodes.dashboard_address,
+        "--working-dir",
+        work,
+    ]
+    command = distbp(prefix, "train", "digits", "--backend", "ray", "--nproc", "4", "--out", tmp_path / "run")
+    done = nodes.run_driver([*submit, "--", *command, *SHORT], cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = result_of(tmp_path / "run")
+    assert (result["backend"], result["world_size"]) == ("ray", 4)
+    assert result["state_sha256"] == undisturbed["short"]["state_sha256"]
+
+
+def test_a_script_runs_on_the_nodes(nodes, prefix, tmp_path, distbp_command):
+    """`distbp run --backend ray` executes a script on every worker, and prints once what it prints alone."""
+    (tmp_path / "train.py").write_text(SCRIPT.format(trouble="", out=str(tmp_path / "run")))
+    done = nodes.run_driver(
+        distbp(prefix, "run", "--backend", "ray", "--nproc", "3", "train.py"), cwd=tmp_path, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    size, sha = done.stdout.split()
+    (tmp_path / "train.py").write_text(SCRIPT.format(trouble="", out=str(tmp_path / "alone")))
+    alone = distbp_command("run", "--backend", "serial", "train.py", cwd=tmp_path)
+    assert (size, sha) == ("3", alone.stdout.split()[1])
+
+
+@pytest.fixture
+def distbp_command(distbp):
+    """The command of the environment that runs the tests, under a name of its own."""
+    return distbp
+
+
+def test_a_worker_that_raises_is_named(nodes, prefix, tmp_path):
+    """An exception in one worker ends the job with 1, its traceback last."""
+    trouble = "if distbp.rank() == 2: raise RuntimeError('broken here')"
+    (tmp_path / "train.py").write_text(SCRIPT.format(trouble=trouble, out=str(tmp_path / "run")))
+    done = nodes.run_driver(
+        distbp(prefix, "run", "--backend", "ray", "--nproc", "3", "train.py"), cwd=tmp_path, timeout=90
+    )
+    assert done.returncode == 1
+    assert "worker 2 raised" in done.stderr
+    assert done.stderr.strip().endswith("RuntimeError: broken here")
+
+
+def test_a_small_cluster_is_named(nodes, prefix, tmp_path):
+    """More workers than processors: 78, with what was asked for and what is there."""
+    done = train(nodes, prefix, 6, tmp_path / "run", *SHORT)
+    assert done.returncode == 78
+    assert "asked for 6 workers x 1 threads = 6 processors" in done.stderr
+    assert "can give 5" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cluster_without_tokens_is_refused(prefix, tmp_path):
+    """A Ray that asks nobody for a token is used only if the user says that its network is trusted."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DISTBP_"))}
+    done = subprocess.run(
+        distbp(prefix, "train", "digits", "--backend", "ray", "--nproc", "1", "--out", tmp_path / "run"),
+        cwd=tmp_path,
+        env=known | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 77
+    assert "run.ray_insecure" in done.stderr
+
+
+def test_a_private_run_directory_is_refused(nodes, hosts, prefix, tmp_path):
+    """A script whose run directory only the driver's node sees is refused before step 1."""
+    (tmp_path / "train.py").write_text(SCRIPT.format(trouble="", out="/dev/shm/private-run"))
+    done = nodes.run_driver(
+        distbp(prefix, "run", "--backend", "ray", "--nproc", "3", "train.py"), cwd=tmp_path, timeout=90
+    )
+    assert done.returncode == 78, done.stderr
+    assert "cannot see the run directory" in done.stderr
+
+
+def test_neither_torch_nor_pyarrow_is_imported(nodes, prefix, tmp_path):
+    """Training on Ray imports neither torch nor pyarrow, on no worker."""
+    trouble = "import sys; print(sorted({'torch', 'pyarrow'} & set(sys.modules)))"
+    (tmp_path / "train.py").write_text(SCRIPT.format(trouble="", out=str(tmp_path / "run")) + trouble)
+    done = nodes.run_driver(
+        distbp(prefix, "run", "--backend", "ray", "--nproc", "2", "train.py"), cwd=tmp_path, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[]") == 2
+
+
+class Running:
+    """A long run on the emulated nodes, with its log."""
+
+    def __init__(self, nodes, prefix, nproc, folder):
+        self.out = folder / "run"
+        self.log = folder / "log"
+        command = distbp(prefix, "train", "digits", "--backend", "ray", "--nproc", nproc, *LONG)
+        with self.log.open("w") as stream:
+            self.process = nodes.start_driver(
+                [*command, "--out", self.out], cwd=folder, stdout=stream, stderr=stream
+            )
+        wait_until(lambda: steps_of(self.out) > 150 or self.process.poll() is not None, timeout=60)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def ends_as(self, undisturbed):
+        """Assert that the run ends well, and in the bits of the undisturbed one."""
+        assert self.process.wait(90) == 0, self.log.read_text()
+        assert result_of(self.out)["state_sha256"] == undisturbed["long"]["state_sha256"]
+        assert steps_of(self.out) == LONG_STEPS
+
+
+@pytest.fixture
+def running(nodes, prefix, tmp_path):
+    """Start a long run; whatever is left of it is ended."""
+    runs = []
+
+    def start(nproc):
+        runs.append(Running(nodes, prefix, nproc, tmp_path))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait(30)
+
+
+def test_a_killed_actor_is_replaced(hosts, running, undisturbed):
+    """`kill -9` of a worker actor costs a step: the run ends by itself in the undisturbed bits."""
+    run = running(4)
+    os.kill(pids(hosts, "host1", "RayWorker")[0], signal.SIGKILL)
+    run.ends_as(undisturbed)
+    assert "E_LOST_WORKER" in run.log.read_text()
+    assert result_of(run.out)["restarts"] == 1
+
+
+def test_a_killed_keeper_is_replaced(hosts, running, undisturbed):
+    """`kill -9` of a keeper costs nothing: a new one takes the arena over from a worker."""
+    run = running(4)
+    os.kill(pids(hosts, "host1", "HostKeeper")[0], signal.SIGKILL)
+    run.ends_as(undisturbed)
+    assert "action=adopt" in run.log.read_text()
+    assert result_of(run.out)["restarts"] == 0
+
+
+def test_a_killed_node_comes_back(nodes, hosts, running, undisturbed):
+    """A node that is killed and started again takes its part again: the undisturbed bits."""
+    run = running(5)
+    hosts.kill("host2")
+    hosts.restart("host2")
+    nodes.start("host2")
+    run.ends_as(undisturbed)
+    assert "E_LOST_WORKER" in run.log.read_text()
+
+
+def test_a_killed_driver_takes_its_actors_along(hosts, running):
+    """After `kill -9` of the driver no worker and no keeper is left within ten seconds."""
+    run = running(5)
+    driver = [pid for pid, argv in hosts.processes("host0").items() if "distbp.cli.main" in argv]
+    for pid in driver:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    actors = ("RayWorker", "HostKeeper")
+    wait_until(lambda: not any(pids(hosts, h, kind) for h in hosts.hosts for kind in actors), timeout=10)
+    run.process.wait(30)
+
+
+def test_a_stopped_run_goes_on_elsewhere(hosts, running, undisturbed, distbp_command):
+    """SIGUSR1 to the driver saves and ends with 75, and local workers end the run in the same bits."""
+    run = running(4)
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.process.wait(30) == 75, run.log.read_text()
+    done = distbp_command("train", "digits", *LONG, "--nproc", "2", "--out", run.out)
+    assert done.returncode == 0, done.stderr
+    assert result_of(run.out)["state_sha256"] == undisturbed["long"]["state_sha256"]
