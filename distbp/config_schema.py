@@ -73,12 +73,34 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = "auto"
     normalize: Annotated[
-        Literal["auto", "none", "global", "feature"],
+        Literal["auto", "none", "targets", "global", "feature"],
         Meta(
             description="one mean and deviation for all (global) or one per feature; auto: global for "
-            "images; numbers to predict are normalised too, except with none"
+            "images and sounds, targets for bells, else feature; numbers to predict are normalised too, "
+            "except with none, and nothing else with targets"
         ),
     ] = "auto"
+    categories: Annotated[
+        Literal["auto", "one_hot", "codes"],
+        Meta(
+            description="table: a column of texts is one feature for each text (one_hot), or one of numbers "
+            "that stand for them; auto: codes with the model tabular, else one_hot"
+        ),
+    ] = "auto"
+    categorical: Annotated[
+        Annotated[tuple[Text, ...], Meta(max_length=_LAYER_LIMIT)],
+        Meta(description="table: columns of numbers that are names, such as a user's, and are read as texts"),
+    ] = ()
+    samples: Annotated[
+        Count | None, Meta(description="bells: sounds to train on; a tenth as many validate; none: 20000")
+    ] = None
+    length: Annotated[
+        Width | None,
+        Meta(
+            description="numbers to which sound files are cut, or filled up with silence; none: all must "
+            "have one length"
+        ),
+    ] = None
     level: Annotated[
         Literal["byte", "char"], Meta(description="text: what a token is, a character or a byte")
     ] = "char"
@@ -111,6 +133,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: Annotated[
         Literal[
             "auto",
+            "audio",
             "cnn",
             "gru",
             "lenet",
@@ -120,18 +143,19 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "resnet20",
             "resnet32",
             "resnet56",
+            "tabular",
             "transformer",
         ],
         Meta(
-            description="architecture; cnn, lenet and the resnets are for images, gru and lstm for series; "
-            "auto: transformer for text, else mlp"
+            description="architecture; cnn, lenet and the resnets are for images, gru and lstm for series, "
+            "audio for sounds, tabular for tables; auto: transformer for text, audio for sounds, else mlp"
         ),
     ] = "auto"
     hidden: Annotated[
         Annotated[tuple[Width, ...], Meta(max_length=_LAYER_LIMIT)] | None,
         Meta(
             description="widths of the hidden fully connected or recurrent layers; none: mlp 256, 128; lenet "
-            "120, 84; cnn 1024; gru and lstm 64"
+            "120, 84; cnn 1024; gru and lstm 64; tabular 128, 64; audio 128"
         ),
     ] = None
     activation: Annotated[
@@ -147,7 +171,15 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(description="transformer: heads of attention in each block; none: 4"),
     ] = None
     width: Annotated[
-        Width | None, Meta(description="transformer: numbers for each token, a multiple of heads; none: 128")
+        Width | None,
+        Meta(
+            description="transformer: numbers for each token, a multiple of heads; none: 128; tabular: "
+            "numbers for each code; none: 8"
+        ),
+    ] = None
+    cross: Annotated[
+        Annotated[int, Meta(ge=0, le=16)] | None,
+        Meta(description="tabular: features in one product, 0 for no products; none: 2"),
     ] = None
 
 
@@ -181,7 +213,9 @@ class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: Annotated[
         Literal["auto", "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd"],
-        Meta(description="update rule; auto: adamw for the transformer, else sgd"),
+        Meta(
+            description="update rule; auto: adamw for the transformer, adam for tabular and audio, else sgd"
+        ),
     ] = "auto"
     lr: Annotated[
         Positive | None,

@@ -8,6 +8,7 @@ import pytest
 from distbp import checkpoint, nn
 from distbp.backends.threads import ThreadsJob, VanishHost
 from distbp.data import ArrayDataset, load, prepare, transforms
+from distbp.data.bells import Bells
 from distbp.errors import ConfigError
 from distbp.optim import SGD
 from distbp.trainer import Trainer, find_checkpoint
@@ -34,7 +35,24 @@ def text():
     return ArrayDataset(*(part[:80] for part in windows)), ArrayDataset(*(part[80:] for part in windows))
 
 
-DATA = {"transformer": text()}
+def bells():
+    """Eighty struck bells to name, and twenty others."""
+    return tuple(
+        ArrayDataset(Bells("sound", first=first, count=count), Bells("note", first=first, count=count))
+        for first, count in ((0, 80), (1000, 20))
+    )
+
+
+def table():
+    """Two columns of codes among three numbers; the class depends on one of each."""
+    generator = np.random.default_rng(6)
+    x = generator.normal(size=(100, 5)).astype(np.float32)
+    x[:, 1], x[:, 4] = generator.integers(0, 5, 100), generator.integers(0, 3, 100)
+    y = (x[:, 1] + 5 * (x[:, 0] > 0)).astype(np.int64)
+    return ArrayDataset(x[:80].copy(), y[:80].copy()), ArrayDataset(x[80:].copy(), y[80:].copy())
+
+
+DATA = {"audio": bells(), "tabular": table(), "transformer": text()}
 """Name -> training and validation data of the networks that cannot read digits."""
 
 
@@ -59,9 +77,11 @@ def dropping():
     )
 
 
+OPTIONS = {"audio": {"outputs": 100}, "tabular": {"outputs": 10, "codes": [(1, 5), (4, 3)]}}
+
 # The two deeper resnets are made of the same layers as the first.
 MODELS = {
-    name: (lambda name=name: nn.build_model(name, outputs=10))
+    name: (lambda name=name: nn.build_model(name, **OPTIONS.get(name, {"outputs": 10})))
     for name in nn.MODELS
     if name not in ("resnet32", "resnet56")
 } | {"dropping": dropping}

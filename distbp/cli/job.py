@@ -26,6 +26,7 @@ from distbp.data import (
     Preprocessing,
     Sources,
     attach,
+    has_columns,
     load,
     pack,
     pack_datasets,
@@ -70,6 +71,9 @@ LOSSES_FOR = {
 }
 """Task -> the losses that fit it, the natural one first."""
 
+OPTIMIZER_OF = {"audio": "adam", "tabular": "adam", "transformer": "adamw"}
+"""`optimizer.name` where none was given, for the models that another than SGD suits."""
+
 LR_OF = {"cnn": 0.01, "lenet": 0.03}
 """`optimizer.lr` for SGD where none was given, for the models that need a lower one than SGD's own.
 
@@ -89,7 +93,20 @@ class PackedJob:
 def load_data(config: Config) -> Prepared:
     """Read, check, split and normalise the data that the configuration names."""
     data = config.data
-    options = Options(context=data.context, level=data.level, stride=data.stride, image_size=data.image_size)
+    categories = data.categories
+    if categories == "auto":
+        takes_codes = config.model.name == "tabular" and has_columns(data.path)
+        categories = "codes" if takes_codes else "one_hot"
+    options = Options(
+        categorical=data.categorical,
+        categories=categories,
+        context=data.context,
+        image_size=data.image_size,
+        length=data.length,
+        level=data.level,
+        samples=data.samples,
+        stride=data.stride,
+    )
     sources = load(data.path, target=data.target, options=options)
     if data.validation is not None:
         other = load(data.validation, target=data.target, schema=sources.train.schema)
@@ -125,8 +142,7 @@ def with_task_defaults(config: Config, preprocessing: Preprocessing) -> Config:
     if model.name == "auto":
         model = msgspec.structs.replace(model, name=natural_model(preprocessing))
     if optimizer.name == "auto":
-        chosen = "adamw" if model.name == "transformer" else "sgd"
-        optimizer = msgspec.structs.replace(optimizer, name=chosen)
+        optimizer = msgspec.structs.replace(optimizer, name=OPTIMIZER_OF.get(model.name, "sgd"))
     if optimizer.lr is None:
         lr = OPTIMIZERS[optimizer.name].default_lr
         lr = LR_OF.get(model.name, lr) if optimizer.name == "sgd" else lr
@@ -141,7 +157,9 @@ def with_task_defaults(config: Config, preprocessing: Preprocessing) -> Config:
 
 def natural_model(preprocessing: Preprocessing) -> str:
     """Return the name of the model that fits the data where none was named."""
-    return "transformer" if preprocessing.schema.get("codes") else "mlp"
+    if preprocessing.schema.get("codes"):
+        return "transformer"
+    return "audio" if preprocessing.schema.get("sound") else "mlp"
 
 
 def build_trainer(config: Config, preprocessing: Preprocessing) -> Trainer:
@@ -151,6 +169,13 @@ def build_trainer(config: Config, preprocessing: Preprocessing) -> Trainer:
     # Two classes have one output if yes and no are what is asked for.
     yes_or_no = isinstance(loss, BinaryCrossEntropy) and preprocessing.task == "classification"
     options = msgspec.structs.asdict(config.model)
+    codes = preprocessing.schema.get("codes_at", [])
+    if codes and config.model.name != "tabular":
+        raise ConfigError(
+            f"model.name: the data have columns of codes, which needs 'tabular', got {config.model.name!r}; "
+            "or set data.categories=one_hot"
+        )
+    options["codes"] = codes or None
     outputs = 1 if yes_or_no else preprocessing.num_outputs
     return Trainer(
         build_model(options.pop("name"), outputs=outputs, **options),

@@ -7,7 +7,7 @@ there; the tests of the contract then run over it by themselves.
 from distbp.data.augment import Crop, Flip, Noise, Transform, transforms
 from distbp.data.base import Dataset, Options, Request, Source, Sources
 from distbp.data.fingerprint import fingerprint
-from distbp.data.load import BUILT_INS, SOURCES, load
+from distbp.data.load import BUILT_INS, SOURCES, has_columns, load
 from distbp.data.memory import ArrayDataset
 from distbp.data.order import Order, permute
 from distbp.data.parts import pack_datasets, unpack_datasets
@@ -36,6 +36,7 @@ __all__ = [
     "Transform",
     "attach",
     "fingerprint",
+    "has_columns",
     "load",
     "pack",
     "pack_datasets",

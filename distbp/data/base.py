@@ -34,9 +34,13 @@ class Options:
     A schema knows what was chosen, so options matter only where there is none.
     """
 
+    categorical: tuple[str, ...] = ()
+    categories: str = "one_hot"
     context: int = 64
     image_size: int | None = None
+    length: int | None = None
     level: str = "char"
+    samples: int | None = None
     stride: int | None = None
 
 
@@ -61,6 +65,7 @@ class Source:
 
     Either may be `Rows`, which are made or read when they are asked for.  A schema with `codes` says that
     samples are codes of int64, one with `ordered` that neighbours belong together: the last ones validate.
+    One with `codes_at` has pairs (feature, number of codes): such a feature is a code, and stays as it is.
     """
 
     name: str
@@ -113,7 +118,10 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Format:
-    """One format: the two functions of its module, the words by which messages name it, and its options."""
+    """One format: the two functions of its module, the words by which messages name it, and its options.
+
+    What is built in has a name and no files, so it does not match any.
+    """
 
     description: str
     matches: Callable[[Path], bool]

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import difflib
 import stat
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from distbp.data import arrays, idx, image_folder, table, text
+from distbp.data import arrays, idx, table, text
 from distbp.data.base import Format, Options, Request, Schema, Sources
+from distbp.data.bells import read_bells, read_cents
 from distbp.data.digits import read_digits
+from distbp.data.image_folder import IMAGES
+from distbp.data.sound_folder import SOUNDS
 from distbp.errors import ConfigError, DataError, InputMissing
 
-__all__ = ["BUILT_INS", "SOURCES", "load"]
+__all__ = ["BUILT_INS", "SOURCES", "has_columns", "load"]
+
+TABLES = ("table",)
+"""The formats that have named columns, one of which may be the target."""
 
 # Asked in this order: formats that are recognised by content before those that are recognised by name.
 SOURCES: dict[str, Format] = {
@@ -24,17 +29,37 @@ SOURCES: dict[str, Format] = {
     "arrays": Format("NumPy arrays x and y (.npz, or x.npy and y.npy)", arrays.matches, arrays.read),
     "images": Format(
         "folders of image files, one for each class",
-        image_folder.matches,
-        image_folder.read,
+        IMAGES.matches,
+        IMAGES.read,
         options=("image_size",),
     ),
-    "table": Format("tables with a header line (.csv, .tsv)", table.matches, table.read),
+    "sounds": Format(
+        "folders of WAV files, one for each class", SOUNDS.matches, SOUNDS.read, options=("length",)
+    ),
+    "table": Format(
+        "tables with a header line (.csv, .tsv)",
+        table.matches,
+        table.read,
+        options=("categorical", "categories"),
+    ),
     "text": Format(
         "texts for language models (.txt)", text.matches, text.read, options=("context", "level", "stride")
     ),
 }
 
-BUILT_INS: dict[str, Callable[[Request], Sources]] = {"digits": read_digits}
+
+def _matches_no_path(path: Path) -> bool:
+    """Return False: what is built in is asked for by its name."""
+    return False
+
+
+BUILT_INS: dict[str, Format] = {
+    "bells": Format("the note of a struck bell", _matches_no_path, read_bells, options=("samples",)),
+    "bells-cents": Format(
+        "how far a struck bell is out of tune", _matches_no_path, read_cents, options=("samples",)
+    ),
+    "digits": Format("handwritten digits", _matches_no_path, read_digits),
+}
 
 
 def load(
@@ -56,8 +81,8 @@ def load(
     request = Request(Path(path), target, schema, labelled, options or Options())
     if path in BUILT_INS:
         _refuse_target(request)
-        _refuse_options(request, ())
-        return BUILT_INS[path](request)
+        _refuse_options(request, BUILT_INS[path].options)
+        return BUILT_INS[path].read(request)
     try:
         kind = request.path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
@@ -77,13 +102,18 @@ def load(
         ) from error
 
 
+def has_columns(path: str) -> bool:
+    """Return whether `path` is a table, the columns of which have names."""
+    return path not in BUILT_INS and any(SOURCES[name].matches(Path(path)) for name in TABLES)
+
+
 def _read(request: Request) -> Sources:
     """Return what the first format that recognises the path makes of it."""
     if request.path.is_file() and request.path.stat().st_size == 0:
         raise DataError(f"{request.path}: expected data, got an empty file")
     for name, source in SOURCES.items():
         if source.matches(request.path):
-            if name != "table":
+            if name not in TABLES:
                 _refuse_target(request)
             _refuse_options(request, source.options)
             return source.read(request)
@@ -112,7 +142,8 @@ def _refuse_options(request: Request, known: tuple[str, ...]) -> None:
         value = getattr(request.options, field.name)
         if field.name in known or value == field.default:
             continue
-        owners = [source.description for source in SOURCES.values() if field.name in source.options]
+        formats = [*SOURCES.values(), *BUILT_INS.values()]
+        owners = [source.description for source in formats if field.name in source.options]
         raise ConfigError(
             f"data.{field.name} = {value!r}: expected {' or '.join(owners)}, got {str(request.path)!r}; "
             "leave the key out"

@@ -27,7 +27,7 @@ from distbp.errors import ConfigError, DataError
 
 __all__ = ["MODES", "Preprocessing", "learn"]
 
-MODES = ("auto", "none", "global", "feature")
+MODES = ("auto", "none", "targets", "global", "feature")
 
 # Samples are handled in blocks of about this many values: 2 MiB of float64 stay in the second-level cache.
 BLOCK_VALUES = 1 << 18
@@ -40,8 +40,8 @@ SMALLEST_STD = 1e-30
 class Preprocessing:
     """What was learnt from the training samples.
 
-    `mode` is "none" (`mean` and `std` empty), "global" (one number each) or "feature" (one for each value of
-    a flattened sample).
+    `mode` is "none" or "targets" (`mean` and `std` empty), "global" (one number each) or "feature" (one for
+    each value of a flattened sample).
 
     `target_mean` and `target_std` hold one number for each output of a regression.  They are empty, and
     targets stay as they are, for classes, where `mode` is "none", and in checkpoints that were written before
@@ -128,7 +128,9 @@ class Preprocessing:
 
     def _check(self) -> None:
         """Raise DataError unless the fields fit together."""
-        expected = {"none": 0, "global": 1, "feature": math.prod(self.sample_shape)}.get(self.mode)
+        expected = {"none": 0, "targets": 0, "global": 1, "feature": math.prod(self.sample_shape)}.get(
+            self.mode
+        )
         targets = len(self.target_mean)
         fits = (
             expected == len(self.mean) == len(self.std)
@@ -151,7 +153,7 @@ class Preprocessing:
 
     def _apply_block(self, x: NDArray[Any]) -> NDArray[Any]:
         """Return one block of samples as the model sees it."""
-        if self.mode == "none":
+        if not self.mean:
             return x.astype(self.sample_type)
         exact = x.dtype == np.float32 or (x.dtype.kind in "iu" and x.dtype.itemsize <= 2)
         work = np.float32 if exact else np.float64
@@ -167,8 +169,9 @@ class Preprocessing:
 def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "auto") -> Preprocessing:
     """Return the preprocessing learnt from the samples `train_indices` of `source`.
 
-    `normalize` is "none", "global", "feature", or "auto": global for images (two dimensions or more), by
-    feature for tables.  A feature or target that never changes is only shifted.  Raises ConfigError for
+    `normalize` is "none", "targets" (samples stay as they are), "global", "feature", or "auto": global for
+    images (two dimensions or more) and sounds, by feature for tables, and targets where the schema says that
+    samples are scaled.  A feature or target that never changes is only shifted.  Raises ConfigError for
     another word.
     """
     if normalize not in MODES:
@@ -180,13 +183,19 @@ def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "au
                 f"data.normalize: samples of {source.name} are codes, expected none, got {normalize!r}"
             )
         normalize = "none"
-    mode = normalize if normalize != "auto" else ("global" if len(sample_shape) >= 2 else "feature")
+    mode = _natural_mode(source) if normalize == "auto" else normalize
+    codes = [feature for feature, _ in source.schema.get("codes_at", [])]
+    if codes and mode == "global":
+        raise ConfigError(
+            f"data.normalize: {source.name} has columns of codes, expected 'feature' or 'none', got 'global'"
+        )
     mean: NDArray[np.float64] = np.empty(0)
     std: NDArray[np.float64] = np.empty(0)
     target_mean: NDArray[np.float64] = np.empty(0)
     target_std: NDArray[np.float64] = np.empty(0)
-    if mode != "none":
+    if mode in ("global", "feature"):
         mean, std = _statistics(source.x, train_indices, over_everything=mode == "global")
+        mean[codes], std[codes] = 0.0, 1.0
     if mode != "none" and source.task == "regression":
         target_mean, target_std = _statistics(source.y, train_indices, over_everything=False)
     return Preprocessing(
@@ -201,6 +210,13 @@ def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "au
         target_mean=tuple(target_mean.tolist()),
         target_std=tuple(target_std.tolist()),
     )
+
+
+def _natural_mode(source: Source) -> str:
+    """Return the mode that fits the samples."""
+    if source.schema.get("scaled"):
+        return "targets"
+    return "global" if len(source.x.shape) >= 3 or source.schema.get("sound") else "feature"
 
 
 def _statistics(

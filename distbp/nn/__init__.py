@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from distbp.nn.activations import GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Softmax, Tanh
 from distbp.nn.attention import MultiHeadAttention
+from distbp.nn.audio import audio
 from distbp.nn.batch_norm import BatchNorm
 from distbp.nn.blocks import Parallel, Residual, Sequential
+from distbp.nn.column_embedding import ColumnEmbedding
 from distbp.nn.convolution import Conv1d, Conv2d
 from distbp.nn.dropout import Dropout
 from distbp.nn.embedding import Embedding, PositionalEmbedding
+from distbp.nn.feature_cross import FeatureCross
 from distbp.nn.gradient_check import Report, check_gradient
 from distbp.nn.images import cnn, lenet, resnet, resnet20, resnet32, resnet56
 from distbp.nn.layer import Array, Context, Initial, Layer, Leaf, Parameter, Shape, Sink, Statistic
@@ -25,6 +28,8 @@ from distbp.nn.pooling import AvgPool1d, AvgPool2d, GlobalAvgPool, MaxPool1d, Ma
 from distbp.nn.recurrent import GRU, LSTM
 from distbp.nn.sequences import gru, lstm
 from distbp.nn.shape import AsImage, Flatten, Reshape, Transpose
+from distbp.nn.spectrogram import LogSpectrogram
+from distbp.nn.tabular import tabular
 from distbp.nn.transformer import transformer
 
 __all__ = [
@@ -40,11 +45,13 @@ __all__ = [
     "AvgPool2d",
     "BatchNorm",
     "BinaryCrossEntropy",
+    "ColumnEmbedding",
     "Context",
     "Conv1d",
     "Conv2d",
     "Dropout",
     "Embedding",
+    "FeatureCross",
     "Flatten",
     "GlobalAvgPool",
     "Huber",
@@ -55,6 +62,7 @@ __all__ = [
     "Leaf",
     "LeakyReLU",
     "Linear",
+    "LogSpectrogram",
     "Loss",
     "MaxPool1d",
     "MaxPool2d",
@@ -81,6 +89,7 @@ __all__ = [
     "Tanh",
     "Transpose",
     "arrange",
+    "audio",
     "build_loss",
     "build_model",
     "check_gradient",
@@ -94,5 +103,6 @@ __all__ = [
     "resnet20",
     "resnet32",
     "resnet56",
+    "tabular",
     "transformer",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 from distbp.errors import ConfigError
 from distbp.nn import initial
 from distbp.nn.activations import GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Softmax, Tanh
+from distbp.nn.audio import audio
 from distbp.nn.blocks import Sequential
 from distbp.nn.images import cnn, lenet, resnet20, resnet32, resnet56
 from distbp.nn.layer import Initial, Layer
@@ -21,6 +22,7 @@ from distbp.nn.linear import Linear
 from distbp.nn.losses import BinaryCrossEntropy, Huber, Loss, MeanSquaredError, SoftmaxCrossEntropy
 from distbp.nn.sequences import gru, lstm
 from distbp.nn.shape import Flatten
+from distbp.nn.tabular import tabular
 from distbp.nn.transformer import transformer
 
 __all__ = ["ACTIVATIONS", "LOSSES", "MODELS", "build_loss", "build_model", "linear", "mlp"]
@@ -59,6 +61,7 @@ def linear(*, outputs: int, hidden: Sequence[int] = (), activation: str = "relu"
 
 
 MODELS: dict[str, Callable[..., Layer]] = {
+    "audio": audio,
     "cnn": cnn,
     "gru": gru,
     "lenet": lenet,
@@ -68,6 +71,7 @@ MODELS: dict[str, Callable[..., Layer]] = {
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet56": resnet56,
+    "tabular": tabular,
     "transformer": transformer,
 }
 """Name -> function of the keyword `outputs` and of the options that mean something to the model."""

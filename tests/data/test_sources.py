@@ -22,7 +22,7 @@ from distbp.data import (
     unpack_datasets,
 )
 from distbp.errors import ConfigError
-from tests.data.data_files import images, labels, write_idx
+from tests.data.data_files import images, labels, write_idx, write_wav
 
 REAL_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist-t10k"
 
@@ -99,7 +99,16 @@ def make_image_folder(folder: Path) -> str:
     return str(folder)
 
 
+def make_sound_folder(folder: Path) -> str:
+    """A folder of WAV files for each of three classes."""
+    for number, (pixels, label) in enumerate(zip(images(30), labels(30), strict=True)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        write_wav(folder / str(label) / f"{number}.wav", pixels.reshape(-1).tobytes(), width=1)
+    return str(folder)
+
+
 MAKERS = {
+    "sound folder": make_sound_folder,
     "image folder": make_image_folder,
     "digits": make_digits,
     "idx": make_idx,

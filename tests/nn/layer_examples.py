@@ -122,6 +122,25 @@ LAYERS: dict[str, tuple[Callable[[], Layer], Shape]] = {
         ),
         (6,),
     ),
+    "pairs": (nn.FeatureCross, (6,)),
+    "one pair": (nn.FeatureCross, (2,)),
+    "triples": (lambda: nn.FeatureCross(3), (7,)),
+    "pairs of rows": (nn.FeatureCross, (3, 5)),
+    "column embedding": (lambda: nn.ColumnEmbedding([(1, 5), (3, 2)], 4), (6,)),
+    "column embedding of codes alone": (lambda: nn.ColumnEmbedding([(0, 3), (1, 7)], 1), (2,)),
+    "column embedding of numbers": (lambda: nn.ColumnEmbedding([], 1), (3,)),
+    "log spectrogram": (lambda: nn.LogSpectrogram(16, 7, 5, lowest=0.1, cycles=2), (40,)),
+    "log spectrogram of one window": (lambda: nn.LogSpectrogram(8, 8, 3, lowest=0.1), (8,)),
+    "tabular": (lambda: nn.tabular(outputs=2, codes=[(0, 4), (2, 3)], hidden=(6,), width=3), (4,)),
+    "tabular without products": (lambda: nn.tabular(outputs=1, cross=0, hidden=()), (4,)),
+    "audio": (
+        lambda: nn.audio(outputs=3, hidden=(5,), front=nn.LogSpectrogram(16, 8, 24, lowest=0.05, cycles=3)),
+        (40,),
+    ),
+    "transformer": (lambda: nn.transformer(outputs=CODES, layers=2, heads=2, width=8), (6,)),
+    "gru network": (lambda: nn.build_model("gru", outputs=2, hidden=(5, 4)), (6, 3)),
+    "lstm network": (lambda: nn.build_model("lstm", outputs=1, hidden=(5,)), (6,)),
+    "linear model": (lambda: nn.build_model("linear", outputs=3), (2, 3)),
     "lenet": (lambda: nn.lenet(outputs=10, hidden=(20,)), (8, 8)),
     "cnn": (lambda: nn.cnn(outputs=3, hidden=(12,)), (8, 9, 3)),
     "resnet": (lambda: nn.resnet(outputs=3, blocks=1, widths=(3, 4, 5)), (8, 8, 2)),
@@ -132,7 +151,7 @@ TRAINING = Context(training=True)
 NEED_TWO_SAMPLES = {"batch norm of vectors"}
 """One sample has no variance, and the layer refuses it."""
 
-KNOW_THE_MODE = {"dropout", "resnet", *(name for name in LAYERS if name.startswith("batch norm"))}
+KNOW_THE_MODE = {"audio", "dropout", "resnet", *(name for name in LAYERS if name.startswith("batch norm"))}
 """Evaluation is meant to give something else than training."""
 
 
@@ -155,11 +174,21 @@ def start(network: nn.Network, dtype: type = np.float32) -> Array:
 
 
 def samples_for(network: nn.Network, num_micro_batches: int, micro_batch: int, seed: int = 1) -> Array:
-    """Return samples that the network takes, (G, b, *input_shape): normal values, or codes."""
+    """Return samples that the network takes, (G, b, *input_shape): normal values, codes, or both."""
     if not network.layer.takes_codes:
-        return random_stack(num_micro_batches, micro_batch, network.input_shape, seed)
+        x = random_stack(num_micro_batches, micro_batch, network.input_shape, seed)
+        for column, rows in columns_of_codes(network.layer):
+            x[..., column] = np.random.default_rng(seed).integers(0, rows, size=x.shape[:2])
+        return x
     shape = (num_micro_batches, micro_batch, *network.input_shape)
     return np.random.default_rng(seed).integers(0, CODES, size=shape)
+
+
+def columns_of_codes(layer: Layer) -> tuple[tuple[int, int], ...]:
+    """Return the pairs (column, rows) of the first ColumnEmbedding in a layer."""
+    if isinstance(layer, nn.ColumnEmbedding):
+        return layer.codes
+    return next((found for _, child in layer.children() if (found := columns_of_codes(child))), ())
 
 
 def random_stack(num_micro_batches: int, micro_batch: int, shape: Shape, seed: int = 1) -> Array:

@@ -236,6 +236,7 @@ def test_every_activation_in_an_mlp(activation):
 
 
 MODEL_EXAMPLES = {
+    "audio": ({"hidden": [3]}, (2048,), (11,)),
     "cnn": ({"hidden": [5]}, (8, 8, 1), (11,)),
     "lenet": ({"hidden": [5]}, (8, 8), (11,)),
     "resnet20": ({}, (8, 8), (11,)),
@@ -245,6 +246,7 @@ MODEL_EXAMPLES = {
     "lstm": ({"hidden": [4, 3]}, (4,), (11,)),
     "linear": ({}, (2, 3), (11,)),
     "mlp": ({"hidden": [5], "activation": "tanh"}, (2, 3), (11,)),
+    "tabular": ({"hidden": [5], "codes": [[1, 4]], "width": 3, "cross": 3}, (4,), (11,)),
     "transformer": ({"layers": 1, "heads": 2, "width": 8}, (5,), (5, 11)),
 }
 """Name -> options, shape of a sample, shape of its outputs for 11 classes."""
