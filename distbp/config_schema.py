@@ -94,6 +94,20 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     samples: Annotated[
         Count | None, Meta(description="bells: sounds to train on; a tenth as many validate; none: 20000")
     ] = None
+    on_disk: Annotated[
+        bool | None,
+        Meta(
+            description=".npy files: leave the samples in the file and read them when they are wanted; none: "
+            "where they are larger than half of the memory"
+        ),
+    ] = None
+    shuffle: Annotated[
+        Literal["auto", "full", "block"],
+        Meta(
+            description="order of the samples: any may follow any (full), or runs of neighbours are mixed, "
+            "which a disk reads faster (block); auto: block for samples on disk"
+        ),
+    ] = "auto"
     length: Annotated[
         Width | None,
         Meta(

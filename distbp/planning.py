@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.checkpoint import Snapshot
-from distbp.data import ArrayDataset, Rows
+from distbp.data import ArrayDataset, Blocks, Rows
 from distbp.errors import ConfigError, DataError
 from distbp.nn import Layer, Layout, Network
 from distbp.optim import Averaged
@@ -22,11 +22,13 @@ from distbp.saver import AUTO
 __all__ = [
     "Data",
     "as_dataset",
+    "blocks_of",
     "check_data",
     "check_kind_of_samples",
     "check_metadata",
     "check_saving",
     "copy_tensors",
+    "describe_blocks",
     "describe_layer",
     "describe_options",
     "sample_type",
@@ -66,6 +68,22 @@ def as_dataset(data: Data, model: Layer) -> ArrayDataset:
             row = int(np.flatnonzero(~np.isfinite(part.reshape(len(part), -1)).all(axis=1))[0])
             raise DataError(f"{name} holds a value that is not finite, first in sample {row}; clean the data")
     return ArrayDataset(samples, targets)
+
+
+def blocks_of(data: ArrayDataset, shuffle: str) -> Blocks | None:
+    """Return the blocks in which samples are shuffled, or None if any may follow any."""
+    if shuffle not in ("auto", "full", "block"):
+        raise ConfigError(f"shuffle: expected 'auto', 'full' or 'block', got {shuffle!r}")
+    on_disk = data.x.disk_row_bytes if isinstance(data.x, Rows) else 0
+    if shuffle == "full" or (shuffle == "auto" and not on_disk):
+        return None
+    held = math.prod(data.x.shape[1:]) * data.x.dtype.itemsize
+    return Blocks.of_rows(on_disk or max(1, held), len(data))
+
+
+def describe_blocks(blocks: Blocks | None) -> dict[str, Any]:
+    """Return what decides about the order; nothing where there are no blocks, as runs began that had none."""
+    return {} if blocks is None else {"blocks": [blocks.block, blocks.window]}
 
 
 def check_data(network: Network, train: ArrayDataset, validation: ArrayDataset | None) -> None:

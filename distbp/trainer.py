@@ -34,11 +34,13 @@ from distbp.partition import default_micro_batch
 from distbp.planning import (
     Data,
     as_dataset,
+    blocks_of,
     check_data,
     check_kind_of_samples,
     check_metadata,
     check_saving,
     copy_tensors,
+    describe_blocks,
     describe_layer,
     describe_options,
     sample_type,
@@ -95,6 +97,7 @@ class Trainer:
     of workers; `micro_batch` (default: batch_size / k, k at most 8) is the unit of work and of sameness, and
     bounds the workers.  `lr` is the rate of the default cosine schedule (None: that of the optimizer);
     `schedule` replaces both.  `threads` are BLAS threads of each worker, part of what decides about bits.
+    `shuffle` is "full", "block", or "auto": block for samples that are read from a disk (`data.Blocks`).
     `augment` changes samples before they are trained on, as in `[distbp.data.Crop(4), distbp.data.Flip()]`.
     """
 
@@ -111,6 +114,7 @@ class Trainer:
         micro_batch: int | None = None,
         seed: int = 0,
         threads: int = 1,
+        shuffle: str = "auto",
         augment: Sequence[Transform] = (),
     ) -> None:
         self.model = model
@@ -133,6 +137,7 @@ class Trainer:
             )
         self.seed = seed
         self.threads = threads
+        self.shuffle = shuffle
         self.augment = tuple(augment)
         self.network: Network | None = None
         self.parameters: NDArray[np.float32] | None = None
@@ -199,7 +204,7 @@ class Trainer:
                 clip_norm=self.clip_norm,
                 train=train_data,
                 validation=validation,
-                order=Order(len(train_data), self.seed),
+                order=Order(len(train_data), self.seed, blocks_of(train_data, self.shuffle)),
                 seed=self.seed,
                 batch_size=self.batch_size,
                 micro_batch=self.micro_batch,
@@ -270,6 +275,7 @@ class Trainer:
             out=None if out is None else str(Path(out).absolute()),
             resume=resume,
             identity=self._identity(network)
+            | describe_blocks(blocks_of(train, self.shuffle))
             | {
                 "train_data": fingerprint(train),
                 "validation_data": None if validation is None else fingerprint(validation),

@@ -33,6 +33,7 @@ from distbp import state
 from distbp.after_step import AfterStep
 from distbp.arena import EMPTY, Parked
 from distbp.backends.base import Seat, host_ranks
+from distbp.data import ReadAhead
 from distbp.errors import Diverged, EnvironmentMismatch, TransportError
 from distbp.exchange import BucketExchange, Piece, bucket_starts, cut_pieces, probe_bucket_bytes
 from distbp.job import (
@@ -192,6 +193,7 @@ class Worker:
         count = (self.last - self.first) * self.job.micro_batch
         x, y = self.job.train.batch(np.zeros(count, np.int64))
         self._x, self._y = np.empty_like(x), np.empty_like(y)
+        self._ahead = ReadAhead(self.job.train, self.job.order, self.job.batch_size)
 
     # Beginning an attempt.
 
@@ -314,6 +316,8 @@ class Worker:
         count = self.last - self.first
         position = step * job.batch_size + self.first * job.micro_batch
         indices = job.order.indices(position, count * job.micro_batch)
+        if self.seat.local_rank == 0:
+            self._ahead.reach(step * job.batch_size)
         job.train.batch(indices, self._x, self._y)
         shape = (count, job.micro_batch)
         self._augment(self._x.reshape(shape + self._x.shape[1:]), step, self.first)

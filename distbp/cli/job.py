@@ -104,6 +104,7 @@ def load_data(config: Config) -> Prepared:
         image_size=data.image_size,
         length=data.length,
         level=data.level,
+        on_disk=data.on_disk,
         samples=data.samples,
         stride=data.stride,
     )
@@ -187,6 +188,7 @@ def build_trainer(config: Config, preprocessing: Preprocessing) -> Trainer:
         micro_batch=config.train.micro_batch,
         seed=config.seed,
         threads=config.run.threads,
+        shuffle=config.data.shuffle,
         augment=transforms(
             crop=config.data.augment_crop, flip=config.data.augment_flip, noise=config.data.augment_noise
         ),

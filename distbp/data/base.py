@@ -40,6 +40,7 @@ class Options:
     image_size: int | None = None
     length: int | None = None
     level: str = "char"
+    on_disk: bool | None = None
     samples: int | None = None
     stride: int | None = None
 

@@ -26,7 +26,9 @@ TABLES = ("table",)
 # Asked in this order: formats that are recognised by content before those that are recognised by name.
 SOURCES: dict[str, Format] = {
     "idx": Format("IDX files as MNIST has them (also .gz)", idx.matches, idx.read),
-    "arrays": Format("NumPy arrays x and y (.npz, or x.npy and y.npy)", arrays.matches, arrays.read),
+    "arrays": Format(
+        "NumPy arrays x and y (.npz, or x.npy and y.npy)", arrays.matches, arrays.read, options=("on_disk",)
+    ),
     "images": Format(
         "folders of image files, one for each class",
         IMAGES.matches,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from distbp.data.bells import Bells
+from distbp.data.disk_rows import DiskRows
 from distbp.data.memory import ArrayDataset
 from distbp.data.rows import Array, Column, Rows
 from distbp.data.selected import Selected
@@ -19,7 +20,12 @@ from distbp.data.windows import TokenWindows
 
 __all__ = ["ROW_KINDS", "pack_datasets", "unpack_datasets"]
 
-ROW_KINDS: dict[str, type[Rows]] = {"bells": Bells, "selected": Selected, "windows": TokenWindows}
+ROW_KINDS: dict[str, type[Rows]] = {
+    "bells": Bells,
+    "disk": DiskRows,
+    "selected": Selected,
+    "windows": TokenWindows,
+}
 """Name in descriptions -> the class."""
 
 

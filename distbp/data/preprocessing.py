@@ -229,6 +229,9 @@ def _statistics(
     least, greatest = np.full(num_features, np.inf), np.full(num_features, -np.inf)
     for rows in _rows(x, indices):
         total += rows.sum(axis=0)
+        # Arrays were checked, with the place, when they were read; what stays on a disk is seen here first.
+        if not np.isfinite(total).all():
+            raise DataError("expected finite samples, got NaN or Inf in one of them; repair or remove it")
         np.minimum(least, rows.min(axis=0), out=least)
         np.maximum(greatest, rows.max(axis=0), out=greatest)
     if over_everything:

@@ -51,6 +51,11 @@ class Rows(ABC):
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    disk_row_bytes: int = 0
+    """Bytes that a row takes on a disk from which it is read when it is asked for; 0 where none is."""
+
+    def read_ahead(self, indices: NDArray[np.int64]) -> None:  # noqa: B027  Most rows are in memory.
+        """Begin to fetch rows that will soon be asked for."""
 
     @abstractmethod
     def take(self, indices: NDArray[np.int64], out: Array | None = None) -> Array:

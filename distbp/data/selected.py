@@ -30,6 +30,12 @@ class Selected(Rows):
         self._targets = targets
         self.shape = (len(indices), *column.shape[1:])
         self.dtype = np.dtype(preprocessing.target_type if targets else preprocessing.sample_type)
+        self.disk_row_bytes = column.disk_row_bytes if isinstance(column, Rows) else 0
+
+    def read_ahead(self, indices: NDArray[np.int64]) -> None:
+        """Pass it on to the source; see `Rows.read_ahead`."""
+        if isinstance(self._column, Rows):
+            self._column.read_ahead(self._indices[indices])
 
     def take(self, indices: NDArray[np.int64], out: Array | None = None) -> Array:
         """Return the chosen rows; see `Rows.take`."""

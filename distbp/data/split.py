@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.data.base import Source
-from distbp.data.order import permute
+from distbp.data.permutation import permute
 from distbp.errors import ConfigError
 
 __all__ = ["split"]
