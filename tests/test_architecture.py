@@ -54,7 +54,18 @@ DRAWING = (
     ("before and after a step", ("state", "after_step", "planning", "exchange", "lane")),
     (
         "what those share",
-        ("backends.base", "job", "evaluation", "generation", "saver", "metrics", "worker_log"),
+        (
+            "backends.base",
+            "job",
+            "evaluation",
+            "generation",
+            "onnx_export",
+            "onnx_graph",
+            "onnx_layers",
+            "saver",
+            "metrics",
+            "worker_log",
+        ),
     ),
     ("the parts", ("nn", "optim", "data", "checkpoint", "reduce", "arena")),
     ("what the parts stand on", ("transports", "partition", "random", "barrier", "environment", "cgroups")),
@@ -81,6 +92,8 @@ ONLY_IN = {
         "backends.ray_collective.board",
     },
     "PIL": {"data.image_folder"},
+    "onnx": {"onnx_export", "onnx_graph"},
+    "pyarrow": {"data.parquet"},
 }
 """Optional packages, imported lazily and only where a backend or transport is made of them."""
 

@@ -18,12 +18,9 @@ The file appears whole or not at all.  All predictions are held in memory before
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +52,7 @@ def command(model: str, data: str, output: str, part: str | None) -> None:
     path = Path(output)
     encode = _encoder(path)
     from distbp.cli.model import load_model, predict, root_mean_square
+    from distbp.cli.whole_file import write_whole
     from distbp.environment import limit_threads
 
     trained = load_model(model)
@@ -64,7 +62,7 @@ def command(model: str, data: str, output: str, part: str | None) -> None:
         figures: dict[str, Any] = {}
         if samples.labelled:
             figures = trained.trainer.evaluate(samples.dataset) | root_mean_square(trained, samples, outputs)
-    _write_whole(path, encode(outputs, trained.preprocessing))
+    write_whole(path, encode(outputs, trained.preprocessing))
     print(f"{len(outputs):,} predictions in {path}")
     for name, value in figures.items():
         if value is not None:
@@ -171,30 +169,3 @@ def _probabilities(logits: Array) -> Array:
     exponentials: Array = np.exp(shifted)
     probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
     return probabilities
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of it.
-
-    The file is 0600, as everything that distbp writes.
-    """
-    from distbp.errors import CannotWrite
-
-    temporary = ""
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        temporary = ""
-    except OSError as error:
-        raise CannotWrite(
-            f"{path}: expected to write {len(content):,} bytes, got: {error.strerror}; make room, or choose "
-            "another place with -o"
-        ) from error
-    finally:
-        if temporary:
-            with contextlib.suppress(OSError):  # The error above is the one that matters.
-                os.unlink(temporary)

@@ -10,7 +10,7 @@ import stat
 from dataclasses import fields
 from pathlib import Path
 
-from distbp.data import arrays, idx, table, text
+from distbp.data import arrays, idx, parquet, table, text
 from distbp.data.base import Format, Options, Request, Schema, Sources
 from distbp.data.bells import read_bells, read_cents
 from distbp.data.digits import read_digits
@@ -20,7 +20,7 @@ from distbp.errors import ConfigError, DataError, InputMissing
 
 __all__ = ["BUILT_INS", "SOURCES", "has_columns", "load"]
 
-TABLES = ("table",)
+TABLES = ("parquet", "table")
 """The formats that have named columns, one of which may be the target."""
 
 # Asked in this order: formats that are recognised by content before those that are recognised by name.
@@ -34,6 +34,12 @@ SOURCES: dict[str, Format] = {
         IMAGES.matches,
         IMAGES.read,
         options=("image_size",),
+    ),
+    "parquet": Format(
+        "tables in Parquet files",
+        parquet.matches,
+        parquet.read,
+        options=("categorical", "categories"),
     ),
     "sounds": Format(
         "folders of WAV files, one for each class", SOUNDS.matches, SOUNDS.read, options=("length",)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from distbp.data.base import Options, Request, Schema, Source, Sources, Task
 from distbp.errors import ConfigError, DataError
 
-__all__ = ["matches", "read"]
+__all__ = ["Table", "check_header", "matches", "read", "sources_of"]
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 USUAL_TARGETS = ("target", "label", "class", "y")
@@ -45,11 +46,15 @@ SAMPLES_PER_CLASS = 1000
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a file by column, stripped, and the line in the file where each row ends."""
+    """The cells of a file by column, stripped, and the line in the file where each row ends.
+
+    `unit` is the word for such a line.
+    """
 
     path: Path
     columns: dict[str, list[str]]
-    lines: list[int]
+    lines: Sequence[int]
+    unit: str = "line"
 
 
 def matches(path: Path) -> bool:
@@ -63,7 +68,11 @@ def read(request: Request) -> Sources:
     Raises DataError for content that cannot be used, ConfigError if the target column is missing or not
     named.
     """
-    table = _parse(request.path)
+    return sources_of(_parse(request.path), request)
+
+
+def sources_of(table: Table, request: Request) -> Sources:
+    """Return a parsed table as samples and targets, by the request's schema or one that is learnt from it."""
     schema = request.schema
     if schema is None:
         schema = _learn_schema(table, request)
@@ -88,7 +97,7 @@ def _parse(path: Path) -> Table:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
             header = [name.strip() for name in next(reader, [])]
-            _check_header(path, header)
+            check_header(path, header)
             for row in reader:
                 if not row:
                     continue
@@ -117,7 +126,7 @@ def _parse(path: Path) -> Table:
     return Table(path, cells, lines)
 
 
-def _check_header(path: Path, header: list[str]) -> None:
+def check_header(path: Path, header: list[str]) -> None:
     """Raise DataError unless the first line names every column, each differently."""
     if not header:
         raise DataError(
@@ -327,7 +336,7 @@ def _check_filled(table: Table, name: str) -> None:
 
 def _cell(table: Table, name: str, row: int) -> str:
     """Return where a value stands, for messages."""
-    return f"{table.path}: line {table.lines[row]}, column {name!r}"
+    return f"{table.path}: {table.unit} {table.lines[row]}, column {name!r}"
 
 
 def _number(text: str) -> float | None:

@@ -84,7 +84,7 @@ class LogSpectrogram(Layer):
         np.copyto(frames, sliding_window_view(x, self.window, axis=-1)[:, :, :: self.hop])
         rows = frames.reshape(x.shape[0], -1, self.window)
         parts = self.buffer("parts", (*rows.shape[:2], 2 * self.bins), x.dtype)
-        self._parts = rows_times_matrix(rows, self._tones(x.dtype), parts)
+        self._parts = rows_times_matrix(rows, self.tones(x.dtype), parts)
         squares = self.buffer("squares", parts.shape, x.dtype)
         np.square(parts, out=squares)
         power = self.buffer("power", (*rows.shape[:2], self.bins), x.dtype)
@@ -110,14 +110,14 @@ class LogSpectrogram(Layer):
         for half in (slice(0, self.bins), slice(self.bins, None)):
             np.multiply(self._parts[..., half], ratio, out=dparts[..., half])
         rows = self.buffer("dframes", (G, b * self._places, self.window), dy.dtype)
-        frames = rows_times_transpose(dparts, self._tones(dy.dtype), rows).reshape(G, b, self._places, -1)
+        frames = rows_times_transpose(dparts, self.tones(dy.dtype), rows).reshape(G, b, self._places, -1)
         dx = self.buffer("dx", (G, b, self._length), dy.dtype)
         dx.fill(0)
         for place in range(self._places):
             dx[..., place * self.hop : place * self.hop + self.window] += frames[:, :, place]
         return dx
 
-    def _tones(self, dtype: np.dtype[np.floating]) -> Array:
+    def tones(self, dtype: np.dtype[np.floating]) -> Array:
         """Return the cosines under their bells, and behind them the sines: (N, 2 K)."""
         if dtype not in self._made:
             n = np.arange(self.window)[:, np.newaxis] - (self.window - 1) / 2

@@ -21,6 +21,7 @@ DOCUMENTED = {
     "evaluate": "--target --json",
     "predict": "-o",
     "generate": "--prompt --length --temperature --seed",
+    "export": "-o",
     "inspect": "--json --verify",
     "doctor": "--backend --json --out --ray-insecure",
     "config show": "-c -o --origin --json",

@@ -84,6 +84,15 @@ def make_tsv(folder: Path) -> str:
     return str(folder / "people.tsv")
 
 
+def make_parquet(folder: Path) -> str:
+    """A Parquet file of the same table."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'distbp[parquet]'")
+    from pyarrow import csv
+
+    parquet.write_table(csv.read_csv(make_csv(folder)), folder / "people.parquet", row_group_size=7)
+    return str(folder / "people.parquet")
+
+
 def make_text(folder: Path) -> str:
     """A text of 1,600 characters."""
     (folder / "story.txt").write_text("Once upon a time \u00e4 \n" * 80)
@@ -118,6 +127,7 @@ MAKERS = {
     "npy pair": make_npy_pair,
     "csv": make_csv,
     "tsv": make_tsv,
+    "parquet": make_parquet,
     "text": make_text,
 }
 
@@ -209,7 +219,7 @@ def test_data_survive_the_way_to_a_worker(path: str) -> None:
 
 def test_target_without_columns_is_refused(path: str) -> None:
     """`--target` is never silently ignored: formats without columns refuse it."""
-    if path.endswith((".csv", ".tsv")):
+    if path.endswith((".csv", ".tsv", ".parquet")):
         assert load(path, target="age").train.schema["target"] == "age"
     else:
         with pytest.raises(ConfigError, match="leave --target out"):
