@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from distbp import checkpoint, state
 from distbp.backends.base import Seat, host_ranks
+from distbp.errors import DistbpError
 from distbp.evaluation import num_batches, summary, write_row
+from distbp.fault_points import FaultPoints
 from distbp.job import EVALUATE, SAMPLES, SAVING, SCALARS, SKIPPED, Job, epoch_ends_at, epoch_of
 from distbp.metrics.progress import Progress
 from distbp.metrics.records import Records
@@ -22,6 +24,7 @@ from distbp.partition import split_range
 from distbp.reduce import tree_total
 from distbp.saver import Saver
 from distbp.transports.base import Transport
+from distbp.verify import StateCheck
 
 __all__ = ["AfterStep"]
 
@@ -34,11 +37,15 @@ class AfterStep:
     `views` are those of the parameters that are evaluated, for both generations.
     """
 
-    def __init__(self, seat: Seat, job: Job, views: list[list[Array]]) -> None:
+    def __init__(
+        self, seat: Seat, job: Job, views: list[list[Array]], check: StateCheck, faults: FaultPoints
+    ) -> None:
         self.seat = seat
         self.job = job
         self.arena = seat.arena
         self.views = views
+        self.check = check
+        self._faults = faults
         if seat.rank == 0:
             self.records = Records(seat.admission.out)
             self.progress = Progress(job, seat)
@@ -53,6 +60,10 @@ class AfterStep:
     def is_due(self, step: int) -> bool:
         """Return whether evaluation, an epoch's record or a save belongs to `step` by the plan alone."""
         return self._ends_epoch(step) or self._saves_at(step)
+
+    def saves_at(self, step: int, *, save: bool, stop: bool) -> bool:
+        """Return whether `finish` will save the state of `step`."""
+        return save or stop or step >= self.job.total_steps or self._saves_at(step)
 
     def save_is_due(self) -> bool:
         """Return whether the time between two saves is over (rank 0); ends a run that cannot save."""
@@ -70,8 +81,9 @@ class AfterStep:
             if ends_epoch:
                 self.progress.epoch(step, arena.scalars(step), validation, self.records)
             last = stop or step >= job.total_steps
-            if save or last or self._saves_at(step):
-                self._save(step)
+            if self.saves_at(step, save=save, stop=stop):
+                if not self._save(step):
+                    return  # Everybody is about to go back, and will come here again.
                 if last:
                     self.saver.wait_durable(step, self._waiting)
                 arena.saved = self.saver.saved_step
@@ -157,12 +169,24 @@ class AfterStep:
             shares.append(rows[low:high])
         transport.allgather(shares[self.seat.host].copy(), shares)
 
-    def _save(self, step: int) -> None:
-        """Begin to write the state of this step."""
+    def settle(self) -> None:
+        """Let the save in flight come to its end: what it writes was right, and may be what we go back to."""
+        if self.seat.rank == 0:
+            with contextlib.suppress(DistbpError):
+                self.saver.wait(self._waiting)
+                self.arena.saved = self.saver.saved_step
+
+    def _save(self, step: int) -> bool:
+        """Begin to write the state of this step; return False if the copy is not what was computed."""
         world = {"world_size": self.seat.size, "hosts": len(self.seat.host_sizes)}
         tensors = state.named_tensors(self.arena, self.job, step)
         self._waiting()
-        self.saver.save(step, tensors, self.job.metadata | {"world": world}, self._waiting)
+        metadata = self.job.metadata | {"world": world}
+        saved = self.saver.save(
+            step, tensors, metadata, self._waiting, lambda copies: self.check.accepts(step, copies)
+        )
+        self._faults.reach(step, "save")
+        return saved
 
     def _waiting(self) -> None:
         """Say that this worker is not stuck: it waits for the disk."""

@@ -14,6 +14,8 @@ The workers of one host map one anonymous file (memfd).  State exists once per h
 * **Words.**  After the commit barrier one writer, the host's first worker, stores `committed = c + 1`.
   `done` follows when all that belongs to that step (evaluation, save, records) is finished.  `EMPTY` means
   that no state is held.
+* **Checks.**  Beside each generation lie checksums of its blocks; the word `checked` of a generation names
+  the step whose state they belong to (`verify.py`).
 * **Attempts.**  A loss is announced by raising the `PARK` word (`park`).  Workers leave the barrier with
   `Parked` and wait in `wait_for_release` until `release` sets the counters to zero and `ATTEMPT` to `PARK`.
   A worker that starts, the very first time or as a replacement, goes through the same gate.
@@ -55,25 +57,31 @@ from distbp.barrier import (
 from distbp.errors import EnvironmentMismatch, WorkerLost
 from distbp.partition import round_up
 
-__all__ = ["EMPTY", "Arena", "ArenaLayout", "Parked"]
+__all__ = ["EMPTY", "RELOAD", "Arena", "ArenaLayout", "Parked"]
 
 Array = NDArray[Any]
 
 EMPTY = -1
 """The committed-step word of an arena that holds no state."""
 
+RELOAD = -2
+"""Stands for the `source` of an attempt that begins from the newest checkpoint: the state was corrupted."""
+
 _PAGE = 4096
 _EVALUATION_COLUMNS = 8
 """A row of sums is a cache line."""
 
 _DIGEST_BYTES = 32
-_COMMITTED, _DONE, _STOP, _SOURCE, _SAVED, _BUCKET = range(8, 14)
-"""Places of the 64-bit control words, behind the 32-bit words that the barrier uses."""
+_COMMITTED, _DONE, _STOP, _SOURCE, _SAVED, _BUCKET, _CHECKED = range(8, 15)
+"""Places of the 64-bit control words, behind the 32-bit words that the barrier uses; `_CHECKED` are two."""
 
 _LINE_BYTES = 4 * LINE_WORDS
 _LINE_PROGRESS, _LINE_PHASE, _LINE_BAD, _LINE_READY = range(2, 6)
 """Places of the 64-bit words in a worker's line; the first 16 bytes of it belong to the barrier."""
 _LINE_DIGEST = 128
+_LINE_NOTE = 24
+NOTE_WORDS = 6
+"""Words of the note in which a worker says what it found out about the state; zeros: nothing."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ class ArenaLayout:
             add(f"tails/{worker}", "f8", count, self.tail)
         for generation in (0, 1):
             add(f"scalars/{generation}", "f8", self.scalars)
+            add(f"checks/{generation}", "u8", len(self.vectors) + 1, self.sums)
         position = round_up(position, _PAGE)
         for generation in (0, 1):
             for name in self.vectors:
@@ -158,6 +167,7 @@ class Arena:
             for worker, count in enumerate(layout.blocks)
         ]
         self._scalars = [arrays[f"scalars/{generation}"] for generation in (0, 1)]
+        self._checks = [arrays[f"checks/{generation}"] for generation in (0, 1)]
         self._vectors = [
             {name: arrays[f"{name}/{generation}"] for name in layout.vectors} for generation in (0, 1)
         ]
@@ -182,7 +192,8 @@ class Arena:
                 f"the arena needs {size / 2**20:.0f} MiB of memory and the system gave none ({error}); "
                 "take a smaller model or a machine with more memory"
             ) from error
-        arena._longs[_COMMITTED] = arena._longs[_DONE] = arena._longs[_SOURCE] = EMPTY
+        for word in (_COMMITTED, _DONE, _SOURCE, _CHECKED, _CHECKED + 1):
+            arena._longs[word] = EMPTY
         arena._words[PARK_WORD] = 1
         return arena
 
@@ -203,6 +214,18 @@ class Arena:
     def scalars(self, step: int) -> NDArray[np.float64]:
         """Return the scalar state of that generation."""
         return self._scalars[step & 1]
+
+    def checks(self, step: int) -> NDArray[np.uint64]:
+        """Return the checksums of that generation: a row of blocks for each vector, one for the scalars."""
+        return self._checks[step & 1]
+
+    def checked(self, step: int) -> bool:
+        """Return whether `checks(step)` belong to the state after `step` steps."""
+        return self._longs[_CHECKED + (step & 1)] == step
+
+    def set_checked(self, step: int, *, valid: bool) -> None:
+        """Say whether `checks(step)` belong to the state after `step` steps; the host's first worker does."""
+        self._longs[_CHECKED + (step & 1)] = step if valid else EMPTY
 
     @property
     def committed(self) -> int:
@@ -242,7 +265,7 @@ class Arena:
 
     @property
     def source(self) -> int:
-        """Return the host that gives its state to hosts without one in this attempt, or `EMPTY`."""
+        """Return the host that gives its state to those without one in this attempt, `EMPTY` or `RELOAD`."""
         return self._longs[_SOURCE]
 
     @property
@@ -302,6 +325,11 @@ class Arena:
         notes = [self._longs[self._line(worker) + _LINE_BAD] - 1 for worker in range(self.layout.workers)]
         return [(worker, note) for worker, note in enumerate(notes) if note >= 0]
 
+    def note(self, worker: int) -> NDArray[np.int64]:
+        """Return the words in which a worker says what it found out about the state."""
+        offset = 8 * (self._line(worker) + _LINE_NOTE)
+        return np.frombuffer(self._map, np.int64, NOTE_WORDS, offset)
+
     def digest(self, worker: int) -> NDArray[np.uint8]:
         """Return the 32 bytes in which a worker publishes the hash of its trial gradient."""
         offset = 4 * FIRST_LINE_WORD + _LINE_BYTES * worker + _LINE_DIGEST
@@ -359,7 +387,7 @@ class Arena:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
-        self.slots, self.tails, self._scalars, self._vectors = [], [], [], []
+        self.slots, self.tails, self._scalars, self._vectors, self._checks = [], [], [], [], []
         self.sums = self.evaluation = np.empty(0)
         self._words.release()
         self._longs.release()

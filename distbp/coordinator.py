@@ -16,25 +16,31 @@ The one rule of recovery
    that needs every host.  No host can be two ahead.
 4. A host that holds nothing gets the state from one that does (`Release.source`) and stores its word last.
    If nobody holds anything, the workers load the newest verified checkpoint, or begin.
-5. Any event may interrupt this: a second loss announces the next attempt and the rule starts again.
+5. A state that was found to be corrupted (`Corrupted`) counts on no host, because wrong gradients may have
+   reached them all: when everybody is parked every word is set to "nothing held", and only then are the
+   workers told to load the newest verified checkpoint (`RELOAD`).  Nothing is repaired in place.
+6. Any event may interrupt this: a second loss announces the next attempt and the rule starts again.
 
 Why not let each worker look at the committed-step word by itself: the writer may die between the barrier and
 the store, and then one survivor reads "committed" before another worker's replacement reads "not committed".
 
-Restarts are counted by progress: `max_restarts` losses or broken connections without `GOOD_STEPS` steps or
-a new checkpoint in between, or the same worker dying three times in the same step, end the job with 70.
+Restarts are counted by progress: `max_restarts` losses, broken connections or corruptions without
+`GOOD_STEPS` steps or a new checkpoint in between, or the same worker dying three times in the same step, end
+the job with 70.  The second one without progress waits 0.1 s before it begins, each further one twice as
+long.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from distbp.arena import EMPTY
+from distbp.arena import EMPTY, RELOAD
 
 __all__ = [
     "GOOD_STEPS",
     "Action",
     "Broken",
+    "Corrupted",
     "End",
     "Event",
     "Failed",
@@ -55,6 +61,7 @@ GOOD_STEPS = 20
 """So many steps after a restart show that the cause is gone, and its count begins anew."""
 
 _SAME_STEP_LIMIT = 3
+_FIRST_BACK_OFF_S, _MOST_BACK_OFF_S = 0.1, 10.0
 
 _NOBODY = -1
 """Stands for a rank where only a connection was lost."""
@@ -95,6 +102,20 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class Corrupted:
+    """Event: all workers found in `attempt` that the state in memory is not what was written; `rank` says so.
+
+    `message` says where; `step` and `saved` are those of `Lost`.
+    """
+
+    rank: int
+    attempt: int
+    message: str
+    step: int = EMPTY
+    saved: int = EMPTY
+
+
+@dataclass(frozen=True)
 class Words:
     """Event: the committed-step word of every host, read while everybody was parked in `attempt`."""
 
@@ -128,9 +149,10 @@ class Park:
 
 @dataclass(frozen=True)
 class Start:
-    """Action: start a replacement for `rank`."""
+    """Action: start a replacement for `rank`, `after_s` seconds from now."""
 
     rank: int
+    after_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +174,8 @@ class SetWord:
 class Release:
     """Action: set the barriers to zero and let everybody begin `attempt`.
 
-    `source` is the host that gives its state to those that hold none; `EMPTY` when all hold it, or none.
+    `source` is the host that gives its state to those that hold none; `EMPTY` when all hold it, or none;
+    `RELOAD` when what they held was corrupted.
     """
 
     attempt: int
@@ -167,7 +190,7 @@ class End:
     message: str = ""
 
 
-Event = Parked | Lost | Broken | Words | Failed | Left
+Event = Parked | Lost | Broken | Corrupted | Words | Failed | Left
 Action = Park | Start | ReadWords | SetWord | Release | End
 
 
@@ -176,7 +199,8 @@ class State:
     """What the coordinator knows.  `hosts[rank]` is the host of each worker; worker count never changes.
 
     `deaths` holds `(rank, step, times)`: how often a worker died in the step in which it died last.  `asked`
-    says that the words are being read.
+    says that the words are being read, `corrupted` that they do not count, and `reload` that nobody has held
+    a state since.
     """
 
     hosts: tuple[int, ...]
@@ -190,6 +214,8 @@ class State:
     deaths: tuple[tuple[int, int, int], ...] = ()
     lost_since_release: frozenset[int] = frozenset()
     asked: bool = False
+    corrupted: bool = False
+    reload: bool = False
     exit_code: int = 0
     ended: bool = False
 
@@ -204,6 +230,8 @@ def decide(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
         return _note_parked(state, event)
     if isinstance(event, Broken):
         return _part(state, event)
+    if isinstance(event, Corrupted):
+        return _give_up_state(state, event)
     if isinstance(event, Words):
         return _agree(state, event)
     if isinstance(event, Failed):
@@ -229,7 +257,12 @@ def _replace_lost(state: State, event: Lost) -> tuple[State, tuple[Action, ...]]
         )
         return replace(state, ended=True, exit_code=70), (End(70, message),)
     state = _announce(replace(state, left=state.left - {event.rank}))
-    return state, (Park(state.attempt), Start(event.rank))
+    return state, (Park(state.attempt), Start(event.rank, _back_off_s(state.restarts_without_progress)))
+
+
+def _back_off_s(restarts: int) -> float:
+    """Return how long the restart of this number without progress waits: not at all, then ever longer."""
+    return 0.0 if restarts <= 1 else float(min(_FIRST_BACK_OFF_S * 2.0 ** (restarts - 2), _MOST_BACK_OFF_S))
 
 
 def _announce(state: State) -> State:
@@ -253,6 +286,21 @@ def _part(state: State, event: Broken) -> tuple[State, tuple[Action, ...]]:
         )
         return replace(state, ended=True, exit_code=70), (End(70, message),)
     state = _announce(state)
+    return state, (Park(state.attempt),)
+
+
+def _give_up_state(state: State, event: Corrupted) -> tuple[State, tuple[Action, ...]]:
+    """Let everybody park and go back to the newest checkpoint; all report it, the first one counts."""
+    if event.attempt != state.attempt:
+        return state, ()
+    state = _count_restart(state, event.step, event.saved, _NOBODY)
+    if state.restarts_without_progress > state.max_restarts:
+        message = (
+            f"{event.message}; {state.restarts_without_progress} restarts brought no progress; look at the "
+            "memory of that host before running again"
+        )
+        return replace(state, ended=True, exit_code=70), (End(70, message),)
+    state = replace(_announce(state), corrupted=True)
     return state, (Park(state.attempt),)
 
 
@@ -296,13 +344,17 @@ def _note_parked(state: State, event: Parked) -> tuple[State, tuple[Action, ...]
 
 
 def _agree(state: State, event: Words) -> tuple[State, tuple[Action, ...]]:
-    """Apply rules 3 and 4: the least step that is held, given to whoever holds none."""
+    """Apply rules 3 to 5: the least step that is held, given to whoever holds none."""
     if event.attempt != state.attempt or not state.asked:
         return state, ()
     state = replace(state, parked=frozenset(), asked=False, lost_since_release=frozenset())
     holding = [host for host, step in enumerate(event.held) if step != EMPTY]
+    if state.corrupted:
+        state = replace(state, corrupted=False, reload=True)
+        return state, (*(SetWord(host, EMPTY) for host in holding), Release(state.attempt, RELOAD))
     if not holding:
-        return state, (Release(state.attempt),)
+        return state, (Release(state.attempt, RELOAD if state.reload else EMPTY),)
+    state = replace(state, reload=False)
     target = min(event.held[host] for host in holding)
     ahead = [host for host in holding if event.held[host] > target]
     assert all(event.held[host] == target + 1 for host in ahead), f"a host is two steps ahead: {event.held}"

@@ -17,7 +17,7 @@ each bucket (they would compete with backprop for the interpreter).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -111,10 +111,17 @@ class BucketExchange:
     """One lane owner's side of the exchange in one attempt; `close` ends the helper thread.
 
     `reductions[k]` adds piece k.  Without a transport everything happens in `finish`, on the calling thread.
+    `before` is called before each exchange with other hosts.
     """
 
     def __init__(
-        self, arena: Arena, reductions: Sequence[LaneReduction], transport: Transport | None, *, overlap: bool
+        self,
+        arena: Arena,
+        reductions: Sequence[LaneReduction],
+        transport: Transport | None,
+        *,
+        overlap: bool,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         self._arena = arena
         self._reductions = list(reductions)
@@ -122,6 +129,7 @@ class BucketExchange:
         self._pool = ThreadPoolExecutor(1, "distbp-exchange") if transport is not None and overlap else None
         self._running: Future[None] | None = None
         self._closing = False
+        self._before = before
         self.busy_s = 0.0
 
     def begin(self, step: int) -> None:
@@ -138,6 +146,8 @@ class BucketExchange:
             running.result()
         else:
             for reduction in self._reductions:
+                if self._transport is not None:
+                    self._before()
                 reduction.run()
 
     def close(self) -> None:
@@ -157,6 +167,7 @@ class BucketExchange:
                     return
                 self._arena.barrier.check_parked()
                 time.sleep(_NAP_S)
+            self._before()
             begun = time.perf_counter()
             reduction.run()
             self.busy_s += time.perf_counter() - begun

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from distbp.data import Dataset, Order, Transform
 from distbp.nn import Network
 from distbp.optim import Optimizer
@@ -56,6 +58,8 @@ class Job:
     metadata: dict[str, Any]
     augment: tuple[Transform, ...] = ()
     """How the samples of a micro-batch are changed before they are trained on."""
+    verify_every: int = 100
+    """Steps between two checks of the state in memory; 0: never."""
     overlap: bool = True
     """Whether the exchange between hosts begins while backprop goes on."""
     bucket_bytes: int | None = None
@@ -71,6 +75,12 @@ class Job:
     def tail(self) -> int:
         """Return the columns of the tail, statistics included."""
         return TAIL + self.network.statistics_layout.size
+
+    def change(self, x: NDArray[Any], step: int, first: int) -> None:
+        """Augment the samples of stacked micro-batches in place; the first of them has the number `first`."""
+        for transform in self.augment:
+            for number, micro_batch in enumerate(x, first):
+                transform(micro_batch, self.seed, step, number)
 
 
 def epoch_ends_at(step: int, samples: int, batch_size: int) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,22 @@ from distbp.optim.chunks import new_scratch
 __all__ = ["Lane"]
 
 
+class Span(Protocol):
+    """Elements `[low, high)` of the vector, the blocks `[first, last)`: a piece, or a part of one."""
+
+    @property
+    def low(self) -> int: ...
+    @property
+    def high(self) -> int: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class _Slice:
-    """A piece of the lane: its elements, its blocks, counted from its beginning, and its tensors."""
+    """A span of the lane: its elements, its blocks, counted from its beginning, and its tensors."""
 
     elements: slice
     blocks: slice
@@ -47,21 +60,14 @@ class Lane:
         self._job = job
         self._sums = arena.sums.reshape(1 + job.optimizer.num_sums, len(blocks))
         self._scratch = new_scratch(job.optimizer.scratch_rows)
-        layout = job.network.layout
-        borders, axes = layout.borders(), [len(shape) for shape in layout.shapes]
-        self._slices = [
-            _Slice(
-                slice(piece.low, piece.high),
-                slice(piece.first, piece.last),
-                [(start - piece.low, stop - piece.low) for start, stop in blocks[piece.first : piece.last]],
-                SliceTensors(borders, axes, blocks, layout.size, piece.low, piece.high),
-            )
-            for piece in pieces
-        ]
+        self._blocks = blocks
+        self._pieces = pieces
+        # Spans within a piece come with the first step that is verified (`verify.py`).
+        self._slices: dict[tuple[int, int], _Slice] = {}
 
     def measure(self) -> None:
         """Write the sums of squares of the gradient, while it is still in the cache."""
-        for part in self._slices:
+        for part in map(self._slice, self._pieces):
             gradient = self._arena.slots[0][0][part.elements]
             norm.measure(gradient, part.ranges, self._sums[0, part.blocks])
 
@@ -72,7 +78,7 @@ class Lane:
     def prepare(self, step: int, tail: NDArray[np.float64]) -> None:
         """Let the optimizer write its own sums; only where it has any."""
         optimizer = self._job.optimizer
-        for part in self._slices:
+        for part in map(self._slice, self._pieces):
             optimizer.prepare(
                 **self._arguments(part, step, tail),
                 tensors=part.tensors.parts,
@@ -80,19 +86,32 @@ class Lane:
                 sums=self._sums[1:, part.blocks],
             )
 
-    def apply(self, step: int, tail: NDArray[np.float64]) -> None:
-        """Write the next generation of the lane."""
-        job = self._job
-        for part in self._slices:
-            tensors = part.tensors.with_sums(self._sums) if job.optimizer.num_sums else ()
-            job.optimizer.apply(**self._arguments(part, step, tail), lr=job.schedule(step), tensors=tensors)
+    def apply(self, span: Span, step: int, tail: NDArray[np.float64]) -> None:
+        """Write the next generation of a span of the lane."""
+        job, part = self._job, self._slice(span)
+        tensors = part.tensors.with_sums(self._sums) if job.optimizer.num_sums else ()
+        job.optimizer.apply(**self._arguments(part, step, tail), lr=job.schedule(step), tensors=tensors)
 
-    def copy(self, step: int) -> None:
-        """Copy the lane to the next generation: a step that is skipped changes nothing."""
+    def copy(self, span: Span, step: int) -> None:
+        """Copy a span to the next generation: a step that is skipped changes nothing."""
+        part = slice(span.low, span.high)
         following = self._arena.vectors(step + 1)
-        for part in self._slices:
-            for name, vector in self._arena.vectors(step).items():
-                np.copyto(following[name][part.elements], vector[part.elements])
+        for name, vector in self._arena.vectors(step).items():
+            np.copyto(following[name][part], vector[part])
+
+    def _slice(self, span: Span) -> _Slice:
+        """Return what is known of a span; made when it is first asked for."""
+        key = span.low, span.high
+        if key not in self._slices:
+            layout, blocks = self._job.network.layout, self._blocks
+            axes = [len(shape) for shape in layout.shapes]
+            self._slices[key] = _Slice(
+                slice(span.low, span.high),
+                slice(span.first, span.last),
+                [(start - span.low, stop - span.low) for start, stop in blocks[span.first : span.last]],
+                SliceTensors(layout.borders(), axes, blocks, layout.size, span.low, span.high),
+            )
+        return self._slices[key]
 
     def _arguments(self, part: _Slice, step: int, tail: NDArray[np.float64]) -> dict[str, Any]:
         """Return what `prepare` and `apply` of an optimizer are both told."""

@@ -30,7 +30,6 @@ copy by all workers, each its lane: one process writes it, so it would have to b
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -42,6 +41,7 @@ from numpy.typing import NDArray
 
 from distbp import checkpoint
 from distbp.errors import CannotWrite, Diverged
+from distbp.terminal import say
 
 __all__ = ["AUTO", "ERRORS_IN_A_ROW", "Saver", "interval_s"]
 
@@ -122,8 +122,12 @@ class Saver:
         tensors: Mapping[str, NDArray[Any]],
         metadata: dict[str, Any],
         waiting: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Copy the state and begin to write it; wait for a save that is still in flight (see `wait`)."""
+        accept: Callable[[Mapping[str, NDArray[Any]]], bool] = lambda copies: True,
+    ) -> bool:
+        """Copy the state and begin to write it; wait for a save that is still in flight (see `wait`).
+
+        Returns False, and nothing is written, if `accept` does not take the copies.
+        """
         self.wait(waiting)
         now = time.monotonic()
         since_last, self._begun = now - self._begun, now
@@ -131,6 +135,8 @@ class Saver:
             if name not in self._copies:
                 self._copies[name] = np.empty_like(tensor, order="C")
             np.copyto(self._copies[name], tensor)
+        if not accept(self._copies):
+            return False
         snapshot = checkpoint.Snapshot(step=step, tensors=dict(self._copies), metadata=metadata)
         # Checked once, written once, and the older ones that stay are read before any is removed.
         passes = 2 + max(self._keep - 1, 0)
@@ -143,6 +149,7 @@ class Saver:
             target=self._write, args=(snapshot, stalled), name="distbp-save", daemon=True
         )
         self._thread.start()
+        return True
 
     def wait(self, waiting: Callable[[], None] = lambda: None) -> None:
         """Return when no save is in flight; let it hurry, and call `waiting` twice a second.
@@ -287,4 +294,4 @@ def _refuse_broken(snapshot: checkpoint.Snapshot, pace: Pace) -> None:
 
 def _say(text: str) -> None:
     """Write one line to stderr."""
-    print(f"distbp: {text}", file=sys.stderr, flush=True)
+    say(f"distbp: {text}")

@@ -10,16 +10,20 @@ and only while host 0 still holds it (found by the model checker, `tests/test_re
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distbp import checkpoint
-from distbp.arena import EMPTY, Arena
+from distbp.arena import EMPTY, RELOAD, Arena
 from distbp.backends.base import Admission
+from distbp.errors import StateCorrupted
 from distbp.job import SCALARS, Job
 from distbp.transports.base import Transport
+from distbp.verify import cover_state
 
 __all__ = ["begin", "named_tensors", "share"]
 
@@ -27,20 +31,26 @@ Array = NDArray[Any]
 
 
 def begin(arena: Arena, job: Job, admission: Admission) -> None:
-    """Fill an empty arena from the chosen checkpoint, or with initial values; the word comes last."""
+    """Fill an empty arena from the chosen checkpoint, or with initial values; the word comes last.
+
+    A state that was given up as corrupted is followed by the newest checkpoint, `StateCorrupted` without one.
+    """
     step = 0
-    if admission.restore is None:
-        for name, vector in arena.vectors(0).items():
-            vector.fill(0)
-            if name == "parameters":
-                job.network.initialise(vector, job.seed)
-        arena.scalars(0).fill(0)
+    restore = _newest(admission) if arena.source == RELOAD else admission.restore
+    snapshot = None if restore is None else checkpoint.load(restore)
+    if snapshot is not None:
+        step = snapshot.step
+    # Padding belongs to no tensor, so no checkpoint has it: it must not keep what was there.
+    for vector in arena.vectors(step).values():
+        vector.fill(0)
+    arena.scalars(step).fill(0)
+    if snapshot is None:
+        job.network.initialise(arena.vectors(0)["parameters"], job.seed)
         job.network.begin_statistics(arena.scalars(0)[SCALARS:])
     else:
-        snapshot = checkpoint.load(admission.restore)
-        step = snapshot.step
         for name, tensor in named_tensors(arena, job, step).items():
             np.copyto(tensor, snapshot.tensors[name], casting="no")
+    cover_state(arena, job.network.layout, step, job.verify_every)
     arena.done = step
     arena.committed = step
 
@@ -48,18 +58,20 @@ def begin(arena: Arena, job: Job, admission: Admission) -> None:
 def share(arena: Arena, job: Job, admission: Admission, transport: Transport) -> None:
     """Give hosts without a state the state of one that has it, and agree on the done-word."""
     words = _gather_words(arena, transport)
-    if all(committed == EMPTY for committed, _ in words):
+    if all(committed == EMPTY for committed, _, _ in words):
         if transport.rank == 0:
             begin(arena, job, admission)
         words = _gather_words(arena, transport)
-    holding = [host for host, (committed, _) in enumerate(words) if committed != EMPTY]
+    holding = [host for host, (committed, _, _) in enumerate(words) if committed != EMPTY]
     root = holding[0]
     step = words[root][0]
     if len(holding) < len(words):
         takes_part = arena.committed == EMPTY or transport.rank == root
-        arrays: list[Array] = [*arena.vectors(step).values(), arena.scalars(step)]
+        arrays: list[Array] = [*arena.vectors(step).values(), arena.scalars(step), arena.checks(step)]
         for array in arrays:
             transport.broadcast(array if takes_part else array.copy(), root)
+    # Hosts that check different things would wait for each other.
+    arena.set_checked(step, valid=all(words[host][2] for host in holding))
     recorded = words[0][1] if words[0][0] != EMPTY else EMPTY
     arena.done = min(recorded, step)
     arena.committed = step
@@ -82,9 +94,30 @@ def named_tensors(arena: Arena, job: Job, step: int) -> dict[str, Array]:
     return tensors | {"scalars": scalars[:SCALARS]}
 
 
-def _gather_words(arena: Arena, transport: Transport) -> list[tuple[int, int]]:
-    """Return `(committed, done)` of every host."""
-    word = np.array([arena.committed, arena.done], np.int64)
+def _newest(admission: Admission) -> Path:
+    """Return the newest checkpoint of the run that verifies, or the one that it began from."""
+
+    def pass_over(path: Path, reason: str) -> None:
+        print(
+            f"distbp: W_CHECKPOINT_DAMAGED {path.name}: {reason}; falling back to the one before",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    newest = checkpoint.newest_verified(admission.out / "checkpoints", pass_over) or admission.restore
+    if newest is None:
+        raise StateCorrupted(
+            "the state in memory was corrupted, and there is no checkpoint to go back to; run the same "
+            "command again to begin anew, and look at the memory of the host that E_CORRUPT_STATE names "
+            "(checkpoint.every_steps and every_seconds decide how much is lost)"
+        )
+    return newest
+
+
+def _gather_words(arena: Arena, transport: Transport) -> list[tuple[int, int, bool]]:
+    """Return `(committed, done, checked)` of every host."""
+    checked = arena.committed != EMPTY and arena.checked(arena.committed)
+    word = np.array([arena.committed, arena.done, checked], np.int64)
     words = [np.empty_like(word) for _ in range(transport.size)]
     transport.allgather(word, words)
-    return [(int(committed), int(done)) for committed, done in words]
+    return [(int(committed), int(done), bool(checked)) for committed, done, checked in words]

@@ -159,6 +159,7 @@ class Trainer:
         max_restarts: int = 10,
         overlap: bool = True,
         bucket_bytes: int | None = None,
+        verify_every: int = 100,
         name: str = "fit",
         metadata: dict[str, Any] | None = None,
         config_toml: str = "",
@@ -171,7 +172,8 @@ class Trainer:
         stored in every checkpoint; `checkpoint_every_seconds` is a time, None, or "auto": at most a minute is
         lost and 3.5 % of the time spent (`saver.py`).  With several hosts gradients are exchanged while
         backprop goes on (`overlap`), in buckets of at least `bucket_bytes` (None: measured); neither changes
-        a bit.  Raises `Stopped` when the run was asked to stop (its state is saved).
+        a bit.  The state in memory is checked every `verify_every` steps (0: never; `verify.py`).  Raises
+        `Stopped` when the run was asked to stop (its state is saved).
         """
         members = membership() if members is None else members
         train_data = as_dataset(train, self.model)
@@ -191,6 +193,8 @@ class Trainer:
                 name=name,
                 config_toml=config_toml,
                 keep=keep,
+                verify_every=verify_every,
+                checkpoint_every_steps=checkpoint_every_steps,
             )
             check_metadata(metadata)
             check_saving(checkpoint_every_steps, checkpoint_every_seconds)
@@ -216,6 +220,7 @@ class Trainer:
                 overlap=overlap,
                 bucket_bytes=bucket_bytes,
                 augment=self.augment,
+                verify_every=verify_every,
                 metadata=dict(metadata or {}) | {"identity": plan.identity, "environment": plan.environment},
                 banner=(lambda job, seat: "") if banner is None else banner,
             )
@@ -246,6 +251,8 @@ class Trainer:
         name: str = "fit",
         config_toml: str = "",
         keep: int = 3,
+        verify_every: int = 100,
+        checkpoint_every_steps: int | None = None,
         **ignored: Any,
     ) -> Plan:
         """Return the plan of a call of `fit` with these arguments, for all workers to compare.
@@ -254,6 +261,8 @@ class Trainer:
         """
         if not isinstance(epochs, int) or epochs < 1:
             raise ConfigError(f"epochs: expected a whole number >= 1, got {epochs!r}")
+        if not isinstance(verify_every, int) or verify_every < 0:
+            raise ConfigError(f"verify_every: expected a whole number >= 0 (0: never), got {verify_every!r}")
         if 0 < keep < 2 or keep < 0:
             raise ConfigError(f"keep: expected at least 2, or 0 for all, got {keep!r}")
         network = self._build(train)
@@ -280,7 +289,13 @@ class Trainer:
                 "train_data": fingerprint(train),
                 "validation_data": None if validation is None else fingerprint(validation),
             },
-            free={"epochs": epochs, "max_steps": max_steps, "log_samples": log_samples},
+            free={
+                "epochs": epochs,
+                "max_steps": max_steps,
+                "log_samples": log_samples,
+                "verify_every": verify_every,
+                "checkpoint_every_steps": checkpoint_every_steps,
+            },
             micro_batches=micro_batches,
             total_steps=steps_of(epochs, len(train), self.batch_size, max_steps),
             size=network.layout.size,
@@ -351,8 +366,8 @@ class Trainer:
         try:
             while True:
                 try:
-                    stopped = worker.run()
-                    mine = worker.result(stopped) if seat.rank == 0 else None
+                    worker.run()
+                    mine = worker.result() if seat.rank == 0 else None
                     result = members.finish(seat, mine)
                     break
                 except Parked:

@@ -6,7 +6,8 @@ One step, from `DESIGN`'s point of view and in this file's names:
     barrier
     _reduce         lane owners: tree over the slots, over the hosts; sums for norms and the verdict
     barrier         now everybody knows the sums; nobody has written yet
-    _update         lane owners: write the NEXT generation of the lane (a skipped step: copy the current one);
+    _update         lane owners: write the NEXT generation of the lane (a skipped step: copy the current one),
+                    and check what they read if this step is verified (`verify.py`);
                     an optimizer with sums of its own writes them first, and everybody meets once more
     barrier
     _commit         the host's first worker stores the committed-step word
@@ -22,7 +23,7 @@ What this file does not know: how workers are started, what a model is made of, 
 
 from __future__ import annotations
 
-import hashlib
+import sys
 import time
 from typing import Any
 
@@ -31,11 +32,12 @@ from numpy.typing import NDArray
 
 from distbp import state
 from distbp.after_step import AfterStep
-from distbp.arena import EMPTY, Parked
+from distbp.arena import EMPTY, RELOAD, Parked
 from distbp.backends.base import Seat, host_ranks
 from distbp.data import ReadAhead
-from distbp.errors import Diverged, EnvironmentMismatch, TransportError
+from distbp.errors import Diverged, TransportError
 from distbp.exchange import BucketExchange, Piece, bucket_starts, cut_pieces, probe_bucket_bytes
+from distbp.fault_points import FaultPoints
 from distbp.job import (
     COMPUTE,
     CORRECT,
@@ -64,15 +66,12 @@ from distbp.optim import norm
 from distbp.partition import split_range
 from distbp.reduce import LaneReduction, MicroBatchSum
 from distbp.transports.base import Transport, TransportAborted
+from distbp.trial import compare_gradients
+from distbp.verify import Corruption, StateCheck
 
 __all__ = ["Worker"]
 
 Array = NDArray[Any]
-
-SAME_SOFTWARE = (
-    "give every worker the same NumPy, BLAS kernel (OPENBLAS_CORETYPE) "
-    "and CPU features (NPY_DISABLE_CPU_FEATURES)"
-)
 
 FLOAT_BYTES = 4
 
@@ -91,12 +90,16 @@ class Worker:
         self.first, self.last = split_range(job.micro_batches, seat.size, seat.rank)
         self.durations: list[float] = []
         self.step = 0
+        self._lost_at = 0
+        self._result: dict[str, Any] = {}
         self._buckets_done = 0
         self._starts: list[int] = []
         self._exchange: BucketExchange | None = None
+        self._faults = FaultPoints(seat.rank)
         self._build_gradient_path()
         self._build_batches()
-        self.after = AfterStep(seat, job, self._views_of(job.optimizer.evaluated))
+        self.check = StateCheck(seat, job.network.layout, job.verify_every)
+        self.after = AfterStep(seat, job, self._views_of(job.optimizer.evaluated), self.check, self._faults)
 
     def run(self) -> bool:
         """Train to the last step or to a requested stop, through any number of losses."""
@@ -111,6 +114,11 @@ class Worker:
                     self._prepare()
                     stopped = self._train()
             except (Parked, TransportAborted):
+                continue
+            except Corruption as found:
+                self._lost_at = self.step
+                self.after.settle()
+                self.seat.corrupted(attempt, found.finding)
                 continue
             except TransportError:
                 if not self.seat.replaces_lost:
@@ -145,6 +153,7 @@ class Worker:
     def _collect(self, parameter: Parameter, leaf: Leaf) -> None:
         """Add up one tensor; when it was the last one of a bucket, say so to the lane owners."""
         self.arena.count_unit()
+        self._faults.reach(self.step, "backward")
         self._gradient.collect(parameter.offset, parameter.shape, leaf)
         if self._buckets_done < len(self._starts) and parameter.offset == self._starts[self._buckets_done]:
             self._buckets_done += 1
@@ -184,9 +193,16 @@ class Worker:
             )
             for piece in self._pieces
         ]
-        self._exchange = BucketExchange(self.arena, reductions, transport, overlap=self.job.overlap)
+        self._exchange = BucketExchange(
+            self.arena,
+            reductions,
+            transport,
+            overlap=self.job.overlap,
+            before=lambda: self._faults.reach(self.step, "exchange"),
+        )
         if seat.local_rank == 0:
             self._tail_sum = LaneReduction(self.arena.tails, ranges[seat.host], host_ranges, transport)
+        self.check.open(self._pieces, self._starts, transport)
 
     def _build_batches(self) -> None:
         """Allocate the arrays that batches are read into."""
@@ -208,47 +224,20 @@ class Worker:
             state.begin(arena, job, admission)
         self.arena.barrier.wait()
         self.step = self.arena.committed
-        self._compare_gradients()
+        self._faults.reach(self.step, "start")
+        compare_gradients(self.seat, job, self._views[self.step & 1], self._transport)
+        job.network.send_gradients_to(self._collect)
         if self.seat.rank == 0:
+            if arena.source == RELOAD:
+                self._report_reload()
             self.after.records.cut(self.step, self.arena.done)
             self.after.progress.begin(self.step)
 
-    def _compare_gradients(self) -> None:
-        """Compute micro-batch 0 of step 0 on every worker and compare the gradients' hashes."""
-        arena, job = self.arena, self.job
-        vector = arena.slots[self.seat.local_rank][0]
-        trial = MicroBatchSum(0, 1, [vector])
-        indices = job.order.indices(0, job.micro_batch)
-        x, y = job.train.batch(indices)
-        self._augment(x[None], 0, 0)
-        job.network.use(self._views[self.step & 1])
-        job.network.send_gradients_to(lambda p, leaf: trial.collect(p.offset, p.shape, leaf))
-        job.network.loss_and_gradient(x[None], y[None], Context(True, job.seed, 0, 0))
-        job.network.send_gradients_to(self._collect)
-        digest = hashlib.sha256(vector.tobytes()).digest()
-        arena.digest(self.seat.local_rank)[:] = np.frombuffer(digest, np.uint8)
-        arena.barrier.wait()
-        digests = [bytes(arena.digest(worker)) for worker in range(arena.layout.workers)]
-        odd = [worker for worker, other in enumerate(digests) if other != digests[0]]
-        if odd:
-            first = arena.barrier.first_rank
-            raise EnvironmentMismatch(
-                f"workers {[first + worker for worker in odd]} and worker {first} of the same host compute "
-                f"different bits for the same micro-batch; {SAME_SOFTWARE}"
-            )
-        if self._transport is not None and self.seat.local_rank == 0:
-            self._compare_hosts(self._transport, np.frombuffer(digests[0], np.uint8))
-        arena.barrier.wait()
-
-    def _compare_hosts(self, transport: Transport, digest: NDArray[np.uint8]) -> None:
-        """Compare this host's hash with those of the others."""
-        digests = np.empty((transport.size, len(digest)), np.uint8)
-        transport.allgather(digest.copy(), list(digests))
-        odd = [host for host, other in enumerate(digests) if bytes(other) != bytes(digests[0])]
-        if odd:
-            raise EnvironmentMismatch(
-                f"hosts {odd} compute other bits than host 0 for the same micro-batch; {SAME_SOFTWARE}"
-            )
+    def _report_reload(self) -> None:
+        """Say from which step the run goes on after its state was given up."""
+        redone = max(self._lost_at - self.step, 0)
+        print(f"distbp: I_RESUMED step={self.step} steps_redone={redone}", file=sys.stderr, flush=True)
+        self.seat.report({"kind": "restart", "step": self.step, "steps_redone": redone})
 
     # The loop.
 
@@ -264,6 +253,9 @@ class Worker:
                 self._set_deadlines(SLOW_DEADLINE_S)
                 self.after.finish(self.step, save=save, stop=stop, transport=self._transport)
             if stop or self.step >= job.total_steps:
+                self._result = (
+                    self.after.result(self.step, stop, self.durations) if self.seat.rank == 0 else {}
+                )
                 self._meet_everybody()
                 return stop
             begun = time.perf_counter()
@@ -280,7 +272,10 @@ class Worker:
 
     def _meet_everybody(self) -> None:
         """Wait for every worker of every host: nobody may leave while another could still need it."""
+        self.check.look_back(self.step)
+        self.check.agree()
         self.arena.barrier.wait()
+        self.check.conclude()
         if self._transport is not None and self.seat.local_rank == 0:
             self._transport.barrier()
         self.arena.barrier.wait()
@@ -300,8 +295,10 @@ class Worker:
         times.append(time.perf_counter())
         arena.progress(UPDATE)
         tail = arena.tails[0][0].copy()
-        self._update(tail)
+        accepted = self._update(tail)
         barrier.wait()
+        self.check.conclude()
+        self._refuse_divergence(accepted)
         times.append(time.perf_counter())
         self._commit(tail, times)
         self._flags[:] = tail[STOP], tail[SAVE]
@@ -318,10 +315,12 @@ class Worker:
         indices = job.order.indices(position, count * job.micro_batch)
         if self.seat.local_rank == 0:
             self._ahead.reach(step * job.batch_size)
+        self._faults.reach(step, "read")
         job.train.batch(indices, self._x, self._y)
         shape = (count, job.micro_batch)
-        self._augment(self._x.reshape(shape + self._x.shape[1:]), step, self.first)
+        job.change(self._x.reshape(shape + self._x.shape[1:]), step, self.first)
         job.network.use(self._views[step & 1])
+        self._faults.reach(step, "forward")
         sums = job.network.loss_and_gradient(
             self._x.reshape(shape + self._x.shape[1:]),
             self._y.reshape(shape + self._y.shape[1:]),
@@ -334,37 +333,47 @@ class Worker:
             rows[0, SAVE] = self.after.save_is_due()
         bad = np.flatnonzero(~np.isfinite(sums.loss))
         self.arena.mark_bad(self.first + int(bad[0]) if len(bad) else -1)
+        self._faults.reach(step, "publish")
         self._tail.collect(0, (job.tail,), lambda low, high, out: np.copyto(out, rows[low:high]))
-
-    def _augment(self, x: Array, step: int, first: int) -> None:
-        """Change the samples of the stacked micro-batches, the first of which has the number `first`."""
-        for transform in self.job.augment:
-            for number, micro_batch in enumerate(x, first):
-                transform(micro_batch, self.job.seed, step, number)
 
     def _reduce(self) -> None:
         """Add this worker's lane, then measure it while it is still in the cache."""
+        self._faults.reach(self.step, "reduce")
         if self._pieces:
             assert self._exchange is not None, "the lane was opened"
             self._exchange.finish()
+            self._faults.reach(self.step, "measure")
             self._lane.measure()
         if self.seat.local_rank == 0:
             self._tail_sum.run()
 
-    def _update(self, tail: NDArray[np.float64]) -> None:
-        """Write the next generation of the lane and, by the host's first worker, of the scalars."""
-        arena, step = self.arena, self.step
-        accepted = self._lane.is_finite() and bool(np.isfinite(tail).all()) and tail[WEIGHT] > 0
-        if not accepted:
-            self._lane.copy(step)
-        else:
-            if self.job.optimizer.num_sums:
-                self._lane.prepare(step, tail)
-                arena.barrier.wait()  # Now everybody knows these sums, too.
-            self._lane.apply(step, tail)
+    def _update(self, tail: NDArray[np.float64]) -> bool:
+        """Write the next generation of the lane and, by the host's first worker, of the scalars.
+
+        Returns the verdict on the step; a step that is not accepted copies the current generation.
+        """
+        job, step = self.job, self.step
+        self._faults.reach(step, "apply")
+        accepted = self._lane.is_finite() and bool(np.isfinite(tail).all()) and bool(tail[WEIGHT] > 0)
+        if accepted and job.optimizer.num_sums:
+            self._lane.prepare(step, tail)
+            self.arena.barrier.wait()  # Now everybody knows these sums, too.
+        saved = self.after.saves_at(step + 1, save=bool(tail[SAVE] > 0), stop=bool(tail[STOP] > 0))
+        for part in self.check.begin(step, saved=saved):
+            if accepted:
+                self._lane.apply(part, step, tail)
+            else:
+                self._lane.copy(part, step)
+            self.check.follow(part)
         if self.seat.local_rank == 0:
             self._update_scalars(tail, accepted)
-        if not accepted and arena.scalars(step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:
+            self.check.follow_scalars()
+        self.check.agree()
+        return accepted
+
+    def _refuse_divergence(self, accepted: bool) -> None:
+        """End the run when too many steps in a row were not finite."""
+        if not accepted and self.arena.scalars(self.step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:
             diverged = Diverged(self._describe_divergence())
             diverged.agreed = True
             raise diverged
@@ -405,17 +414,19 @@ class Worker:
     def _commit(self, tail: NDArray[np.float64], times: list[float]) -> None:
         """Write the records of the step, then store the committed-step word, the last thing of all."""
         job, step = self.job, self.step
+        self._faults.reach(step, "commit")
         if self.seat.rank == 0:
             if job.log_samples:
                 indices = job.order.indices(step * job.batch_size, job.batch_size)
                 self.after.records.samples(step, indices.tolist())
             self.after.progress.step(step + 1, tail, times, self.after.records)
         if self.seat.local_rank == 0:
+            self.check.commit()
             self.arena.committed = step + 1
 
-    def result(self, stopped: bool) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Return what rank 0 reports about the run."""
-        return self.after.result(self.step, stopped, self.durations)
+        return self._result
 
     def close(self) -> None:
         """Finish what is in flight and give back the arena; idempotent."""

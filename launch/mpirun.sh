@@ -445,5 +445,6 @@ while :; do
         exit "$code"
     fi
     left=$((left - 1))
+    unset DISTBP_FAULT # It happens once.
     say "ended with $code ($reason); starting again (start $((starts + 1)), $left more without a new checkpoint)"
 done

@@ -1,4 +1,4 @@
-"""The long form of the fault tests: `python tests/soak.py stops|kills [--count N] [--seed S] [DATA]`.
+"""The long form of the fault tests: `python -m tests.soak stops|kills [--count N] [--seed S] [DATA]`.
 
     stops   end a whole job at a random moment, by SIGUSR1 or by kill -9 of every process, some of them during
             start-up and during a save; go on with another worker count until it is finished
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -26,12 +25,10 @@ from pathlib import Path
 
 import psutil
 
-COMMAND = [sys.executable, "-m", "distbp.cli.main", "train"]
-OPTIONS = [
-    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "optimizer.clip_norm=2.0",
-    "-o", "optimizer.momentum=0.9", "-o", "schedule.name=cosine", "-o", "run.log_samples=true",
-    "-o", "checkpoint.every_steps=20", "-o", "train.epochs=1000",
-]  # fmt: skip
+from tests import soaking
+from tests.soaking import events, hashes, last_step, samples_are_whole, undisturbed
+
+OPTIONS = [*soaking.OPTIONS, "-o", "checkpoint.every_steps=20"]
 
 
 def main():
@@ -59,12 +56,6 @@ def main():
     return 1 if failures else 0
 
 
-def undisturbed(options, out):
-    """The hashes of the run that nothing happens to, in one process."""
-    subprocess.run([*COMMAND, *options, "--backend", "serial", "--out", out], check=True, capture_output=True)
-    return hashes(out)
-
-
 def stops(options, folder, wanted, rng, arguments):
     """End jobs as a whole, and finish them with other worker counts."""
     failures = 0
@@ -85,7 +76,7 @@ def stops(options, folder, wanted, rng, arguments):
                     os.killpg(job.pid, signal.SIGKILL)
                     end_orphans(job)
             code = job.wait(30)
-            story.append(f"{nproc} workers, {how} after {when:.2f} s at step {step_of(out)}: {code}")
+            story.append(f"{nproc} workers, {how} after {when:.2f} s after step {last_step(out)}: {code}")
         nproc = rng.randint(1, 5)
         job = begin(often, out, nproc)
         code = job.wait(120)
@@ -123,7 +114,8 @@ def kills(options, folder, wanted, rng, arguments):
 def begin(options, out, nproc):
     """Start a job in a session of its own."""
     return subprocess.Popen(
-        [*COMMAND, *options, "--nproc", str(nproc), "--out", out],
+        [*soaking.COMMAND, *options, "--nproc", str(nproc), "--out", out],
+        env=soaking.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -166,35 +158,6 @@ def report(number, story, out, wanted, code):
         f"{number:4d} {'same bits' if good and not left else 'DIFFERENT'}  " + " | ".join(story), flush=True
     )
     return good and not left
-
-
-def hashes(out):
-    """The two hashes of a finished run."""
-    result = json.loads((out / "result.json").read_text())
-    return result["parameters_sha256"], result["state_sha256"], result["validation"]
-
-
-def events(out):
-    """The events of a run."""
-    path = out / "events.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def step_of(out):
-    """The number of steps in samples.log."""
-    path = out / "samples.log"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def samples_are_whole(out):
-    """Whether every step is there once and every sample once per epoch."""
-    lines = (out / "samples.log").read_text().splitlines()
-    if [int(line.split("\t")[0]) for line in lines] != list(range(len(lines))):
-        return False
-    stream = [int(word) for line in lines for word in line.split("\t")[1].split()]
-    size = max(stream) + 1
-    epochs = [stream[at : at + size] for at in range(0, len(stream) - size + 1, size)]
-    return all(sorted(epoch) == list(range(size)) for epoch in epochs)
 
 
 if __name__ == "__main__":

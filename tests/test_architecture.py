@@ -51,7 +51,7 @@ DRAWING = (
         "who starts workers, who decides, and what a worker does",
         ("backends", "coordinator", "worker", "run_directory"),
     ),
-    ("before and after a step", ("state", "after_step", "planning", "exchange", "lane")),
+    ("before and after a step", ("state", "after_step", "planning", "exchange", "lane", "trial", "verify")),
     (
         "what those share",
         (
@@ -68,9 +68,12 @@ DRAWING = (
         ),
     ),
     ("the parts", ("nn", "optim", "data", "checkpoint", "reduce", "arena")),
-    ("what the parts stand on", ("transports", "partition", "random", "barrier", "environment", "cgroups")),
+    (
+        "what the parts stand on",
+        ("transports", "partition", "random", "barrier", "environment", "cgroups", "fault_points"),
+    ),
     ("the run description", ("config", "config_check", "config_read", "config_schema", "config_write")),
-    ("the ground", ("errors",)),
+    ("the ground", ("crc", "errors", "terminal")),
 )
 """Layers from the top down.  A module imports from its own layer and from those below, never from above.
 
@@ -309,6 +312,7 @@ def test_only_declared_packages_are_imported() -> None:
     """Whatever is not Python's own is a required dependency in pyproject.toml, or optional and listed."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[^A-Za-z0-9_-]", wanted)[0] for wanted in project["dependencies"]}
+    declared = {name.replace("-", "_") for name in declared}
     strangers = [
         str(found)
         for found in IMPORTS

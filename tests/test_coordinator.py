@@ -168,7 +168,7 @@ def test_a_loss_between_parking_and_release_begins_again(rank):
     state, _ = run(TWO_HOSTS, Lost(2, "SIGKILL"))
     state, _ = run(state, *park_all(state))
     state, actions = run(state, Lost(rank, "SIGKILL"), Words(2, (7, EMPTY)))
-    assert actions == [Park(3), Start(rank)]
+    assert actions == [Park(3), Start(rank, 0.1 if rank == 2 else 0.0)]
     state, actions = run(state, *park_all(state), Words(3, (7, EMPTY)))
     assert actions == [ReadWords(3), Release(3, 0)]
 
@@ -345,3 +345,17 @@ def test_whatever_comes_only_the_newest_attempt_counts(events):
         if any(isinstance(action, Release) for action in actions):
             parked.clear()
         state = after
+
+
+def test_restarts_without_progress_wait_ever_longer():
+    """The first replacement comes at once, the next ones after a pause that doubles up to ten seconds."""
+    state, waits = State((0, 0), max_restarts=12), []
+    for _ in range(6):
+        for rank in (0, 1):
+            state, actions = run(state, Lost(rank, "SIGKILL", step=EMPTY + rank + len(waits)))
+            waits += [action.after_s for action in actions if isinstance(action, Start)]
+            state, _ = run(state, *park_all(state))
+            state, _ = run(state, Words(state.attempt, (5,)))
+    assert waits[:5] == [0.0, 0.1, 0.2, 0.4, 0.8]
+    assert waits == sorted(waits)
+    assert max(waits) <= 10.0

@@ -10,7 +10,7 @@ from distbp.backends.threads import ThreadsJob, VanishHost
 from distbp.data import ArrayDataset, load, prepare, transforms
 from distbp.data.bells import Bells
 from distbp.errors import ConfigError
-from distbp.optim import SGD
+from distbp.optim import LAMB, LARS, SGD, AdamW, Averaged
 from distbp.trainer import Trainer, find_checkpoint
 
 STEPS = 6
@@ -261,3 +261,33 @@ def test_the_command_trains_and_evaluates_a_network_with_statistics(distbp, tmp_
     accuracy = float(evaluated.stdout.split("accuracy")[1].split()[0])
     answers = np.load(tmp_path / "p.npy", allow_pickle=False)
     assert accuracy == np.mean(answers == samples.y[:200])
+
+
+@pytest.mark.parametrize(
+    "optimizer", [LAMB(), LARS(), Averaged(AdamW(), decay=0.9)], ids=lambda o: type(o).__name__
+)
+def test_a_state_that_is_checked_has_the_same_bits(optimizer, tmp_path):
+    """Statistics, averages and rules with norms pass every check of the state, in steps and in saves.
+
+    A checked step updates the lane in parts, so this compares parts with the whole, too.
+    """
+    hashes = set()
+    for every, hosts in ((0, (1,)), (1, (1,)), (2, (2, 1)), (1, (3,))):
+
+        def program(members, every=every, hosts=hosts):
+            trainer = Trainer(wide(), optimizer=optimizer, lr=0.01, batch_size=40, micro_batch=4, seed=3)
+            out = tmp_path / f"{every}-{'-'.join(map(str, hosts))}"
+            options = {"max_steps": STEPS, "checkpoint_every_steps": 2, "verify_every": every}
+            return trainer.fit(TRAIN, val=VALIDATION, epochs=9, out=out, members=members, **options).result
+
+        results = ThreadsJob(program, hosts).run()
+        hashes |= {result["state_sha256"] for result in results.values()}
+        assert all(result["restarts"] == 0 for result in results.values() if "restarts" in result)
+    assert len(hashes) == 1
+
+
+def wide():
+    """A network with statistics, and a tensor of several blocks and chunks."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(700), nn.BatchNorm(), nn.ReLU(), nn.Linear(130), nn.Linear(10)
+    )

@@ -36,6 +36,7 @@ __all__ = [
     "Plan",
     "Seat",
     "compare_plans",
+    "describe_difference",
     "host_layout",
     "host_ranks",
 ]
@@ -84,9 +85,10 @@ class Seat:
     `host_sizes[h]` counts the workers of host h; workers are numbered host by host.  `gate` waits parked and
     returns the attempt; `connect(attempt)` opens this worker's transport, None if it owns no lane or there is
     one host; `report` sends a record to whoever keeps the job; `broken` says that a connection of this
-    attempt failed while nobody is known to be dead.  With `patience_s` a wait in a step ends with
-    `WorkerLost` after that long, or after 5 times the slowest recent step if that is longer.  Where nobody
-    `replaces_lost` workers or hosts, their loss ends the run.
+    attempt failed while nobody is known to be dead; `corrupted`, called by every worker, that the state was
+    found to be corrupted in this attempt (`verify.Corruption.finding`), and it may end the job.  With
+    `patience_s` a wait in a step ends with `WorkerLost` after that long, or after 5 times the slowest recent
+    step if that is longer.  Where nobody `replaces_lost` workers or hosts, their loss ends the run.
     """
 
     rank: int
@@ -97,6 +99,7 @@ class Seat:
     connect: Callable[[int], Transport | None]
     report: Callable[[dict[str, Any]], None]
     broken: Callable[[int], None] = lambda attempt: None
+    corrupted: Callable[[int, dict[str, Any]], None] = lambda attempt, finding: None
     patience_s: float | None = None
     replaces_lost: bool = True
 
@@ -177,6 +180,15 @@ def host_layout(plan: Plan, host_sizes: tuple[int, ...], host: int) -> ArenaLayo
 def compare_plans(first: Plan, other: Plan) -> str:
     """Return what differs between two plans, or an empty text."""
     return compare_values(msgspec.to_builtins(first), msgspec.to_builtins(other))
+
+
+def describe_difference(rank: int, differing: str) -> str:
+    """Return the message about worker `rank`, whose plan is not that of the first worker."""
+    return (
+        f"worker {rank} brought another plan than the first worker: {differing}; "
+        "every worker must run the same script with the same options, data, NumPy, BLAS kernel "
+        "(OPENBLAS_CORETYPE) and CPU features (NPY_DISABLE_CPU_FEATURES)"
+    )
 
 
 def compare_values(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> str:

@@ -85,6 +85,13 @@ class HangWatch:
                 stuck.append(Stuck(rank, now - seen.since, glance.phase))
         return stuck
 
+    def forget(self, rank: int) -> None:
+        """Begin anew with `rank`, whose process has ended.
+
+        Its replacement may be among the next glances already, with the counts that the lost one left.
+        """
+        self._seen.pop(rank, None)
+
     def _limit(self, seen: _Seen) -> float:
         """Return how long this worker may go without progress."""
         limit = max(LEAST_S, FACTOR * max(seen.gaps, default=0.0))

@@ -13,27 +13,32 @@ What a backend adds, by deriving from `JobKeeper`: how workers are started, watc
 
 from __future__ import annotations
 
+import os
 import selectors
 import signal
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import msgspec
 
 from distbp import coordinator
 from distbp.arena import EMPTY
-from distbp.backends.base import Admission, Plan, compare_plans
+from distbp.backends.base import Admission, Plan, compare_plans, describe_difference, host_ranks
+from distbp.backends.corruption import describe_corruption
 from distbp.backends.hang_watch import HangWatch
-from distbp.backends.job_parts import Call, HostMemory, WorkerLink
+from distbp.backends.job_parts import Call, HostMemory, WorkerLink, end_stuck
+from distbp.backends.patience import Patience
 from distbp.backends.signal_inbox import SignalInbox
 from distbp.coordinator import decide
 from distbp.errors import DistbpError
+from distbp.fault_points import VARIABLE, parse_faults
 from distbp.run_directory import RunDirectory
+from distbp.terminal import say
 
 __all__ = ["JobKeeper"]
 
@@ -42,6 +47,9 @@ _GRACE_S = 2.0
 
 _FAILED_GRACE_S = 0.2
 """Seconds that the others get to write what they have to say after one has failed."""
+
+_SCRIPT_S = 1800.0
+"""Seconds that workers of a script wait in `fit` for one that does something else before."""
 
 _TICK_S = 0.5
 _KINDS = {
@@ -52,21 +60,16 @@ _KINDS = {
 }
 """What events are called in `events.jsonl`."""
 
-_STACKS_S = 0.3
-"""Seconds that a stuck worker gets to write its stacks."""
-
 
 class JobKeeper(ABC):
     """A job whose workers, `host_sizes[h]` on host h, all run the same program; `run` returns the exit code.
 
     `job` is sent to every worker as its first message, for programs that ask for it.  `admitted` is the run
     directory of the first call of `fit`, if it was already opened and locked.  Workers that the others have
-    waited for in `fit` for `join_timeout_s` are named.
+    waited for in `fit` for `join_timeout_s` are named, and given up after `give_up_s`.
     """
 
     backend: str
-    give_up_s = float("inf")
-    """Seconds that the others wait for a worker before the job ends with 69."""
 
     def __init__(
         self,
@@ -77,19 +80,20 @@ class JobKeeper(ABC):
         job: dict[str, Any] | None,
         admitted: tuple[RunDirectory, Admission] | None,
     ) -> None:
+        parse_faults(os.environ.get(VARIABLE, ""))  # A wrong one is refused before anything starts.
         hosts = tuple(host for host, size in enumerate(host_sizes) for _ in range(size))
         self.host_sizes = host_sizes
         self.state = coordinator.State(hosts=hosts, max_restarts=max_restarts)
         self.selector = selectors.DefaultSelector()
         self.first_message = job
         self._workers: dict[int, WorkerLink] = {}
-        self._join_timeout_s = join_timeout_s
+        self._patience = Patience(join_timeout_s, self.give_up_s(join_timeout_s))
+        self._pending_starts: list[tuple[float, int]] = []
         self._admitted = admitted
         self._calls: list[Call] = []
         self._stop_signal = 0
         self._watch = HangWatch(_TICK_S)
         self._watched_at = 0.0
-        self._complete_at = self._warned_at = time.monotonic()
         self._message = ""
         self._steps_redone = 0
 
@@ -103,9 +107,20 @@ class JobKeeper(ABC):
     def open_memory(self, plan: Plan) -> HostMemory:
         """Make the arenas of a new call; they hold nothing."""
 
+    def give_up_s(self, join_timeout_s: float) -> float:
+        """Return for how many seconds the others wait for a worker before the job ends with 69.
+
+        Workers of a `distbp train` all do the same before; of a script, one may prepare data for all.
+        """
+        return join_timeout_s if self.first_message is not None else max(join_timeout_s, _SCRIPT_S)
+
     @abstractmethod
     def check_run_directory(self, call: Call, rank: int) -> None:
         """Raise if worker `rank` cannot do its part in the run directory; called when it joins."""
+
+    def faults_for(self, rank: int) -> str:
+        """Return the faults on purpose that worker `rank` may hear of: a replacement has none."""
+        return "" if rank in self._workers else os.environ.get(VARIABLE, "")
 
     # The loop.
 
@@ -117,8 +132,10 @@ class JobKeeper(ABC):
             for rank in range(len(self.state.hosts)):
                 self._workers[rank] = self.start_worker(rank)
             while not self.state.ended:
-                for key, _ in self.selector.select(_TICK_S):
+                soonest = min((at for at, _ in self._pending_starts), default=inf) - time.monotonic()
+                for key, _ in self.selector.select(min(_TICK_S, max(0.0, soonest))):
                     key.data()
+                self._start_due()
                 self._name_missing()
                 self._end_stuck()
             return self._end()
@@ -136,22 +153,28 @@ class JobKeeper(ABC):
             with suppress(KeyError, ValueError):
                 self.selector.unregister(descriptor)
 
+    def _start_due(self) -> None:
+        """Start the replacements whose time has come."""
+        now = time.monotonic()
+        due = [rank for at, rank in self._pending_starts if at <= now]
+        self._pending_starts = [(at, rank) for at, rank in self._pending_starts if at > now]
+        for rank in due:
+            self._workers[rank] = self.start_worker(rank)
+
     def _name_missing(self) -> None:
         """Say whom the others wait for, in `fit` or for a replacement, when that takes long."""
         call, now = self._current_call(), time.monotonic()
-        if call is None or len(call.joined) == len(self.state.hosts):
-            self._complete_at = now
+        missing = set(range(len(self.state.hosts))) - call.joined if call is not None else set()
+        if call is None or not missing:
+            self._patience.nobody_is_missing(now)
             return
-        waited = now - max(call.began, self._complete_at)
-        missing = sorted(set(range(len(self.state.hosts))) - call.joined)
-        if waited > self.give_up_s:
-            text = f"waited {waited:.0f} s for worker {missing} to come back; run again: resuming is safe"
-            self.handle(coordinator.Failed(-1, 69, text))
-        elif min(waited, now - self._warned_at) > self._join_timeout_s:
-            self._warned_at = now
-            doing = "be replaced" if call.released else "call fit"
-            text = f"distbp: W_WAITING for worker {missing} to {doing}, {waited:.0f} s so far"
-            print(text, file=sys.stderr, flush=True)
+        doing = "be replaced" if call.released else "call fit"
+        if (found := self._patience.look(now, call.began, missing, doing)) is None:
+            return
+        if found.over:
+            self.handle(coordinator.Failed(-1, 69, found.text))
+        else:
+            say(f"distbp: {found.text}")
 
     def _end_stuck(self) -> None:
         """End workers that make no progress: ask for their stacks first, and kill them a moment later."""
@@ -164,19 +187,7 @@ class JobKeeper(ABC):
         for found in stuck:
             worker = self._workers[found.rank]
             if worker.verdict is None:
-                worker.verdict = f"stuck for {found.seconds:.0f} s in {found.phase}"
-                worker.dump_stacks()
-                self.event(
-                    "E_STUCK_WORKER",
-                    rank=found.rank,
-                    host=worker.host,
-                    pid=worker.pid,
-                    phase=found.phase,
-                    seconds=round(found.seconds, 1),
-                    action="kill",
-                )
-                time.sleep(_STACKS_S)
-                worker.end()
+                end_stuck(worker, found, self.event)
 
     def _stop_at_once(self, number: int) -> None:
         """End the job without another step."""
@@ -199,6 +210,7 @@ class JobKeeper(ABC):
         step, saved = EMPTY, EMPTY
         if call is not None:
             call.joined.discard(rank)
+            self._watch.forget(rank)
             step, saved = call.memory.progress()
         cause = worker.verdict or cause
         self.handle(coordinator.Lost(rank, cause, step, saved))
@@ -220,11 +232,12 @@ class JobKeeper(ABC):
         kind = message["kind"]
         if kind == "join":
             self._join(rank, worker, message)
-        elif kind in ("parked", "broken"):
+        elif kind in ("parked", "broken", "corrupt"):
             self._note_attempt(rank, worker, message)
         elif kind == "finished":
             self._finish(message["call"], message["result"])
         elif kind == "event":
+            self._steps_redone += message["record"].get("steps_redone", 0)
             self._calls[-1].run.event(message["record"])
         elif kind == "stop":
             self._request_stop(message["signal"])
@@ -271,11 +284,7 @@ class JobKeeper(ABC):
             self._refuse_unequal(sorted(self.state.left)[0])
             return
         if differing := compare_plans(call.plan, plan):
-            text = (
-                f"worker {rank} brought another plan than the first worker: {differing}; "
-                "every worker must run the same script with the same options, data, NumPy, BLAS kernel "
-                "(OPENBLAS_CORETYPE) and CPU features (NPY_DISABLE_CPU_FEATURES)"
-            )
+            text = describe_difference(rank, differing)
             self.handle(coordinator.Failed(rank, 78, text))
             return
         call.joined.add(rank)
@@ -320,8 +329,21 @@ class JobKeeper(ABC):
             self._tell_result(worker, message["call"])
         elif message["kind"] == "parked":
             self.handle(coordinator.Parked(rank, message["attempt"]))
+        elif message["kind"] == "corrupt":
+            self._note_corruption(call, rank, message)
         else:
             self.handle(coordinator.Broken(rank, message["attempt"], *call.memory.progress()))
+
+    def _note_corruption(self, call: Call, rank: int, message: dict[str, Any]) -> None:
+        """Let everybody go back to the newest checkpoint; all ask for it, and the first one counts."""
+        firsts = [host_ranks(self.host_sizes, host).start for host in range(len(self.host_sizes))]
+        event = describe_corruption(message["finding"], [self._workers[first].host for first in firsts])
+        before = self.state.attempt
+        self.handle(coordinator.Corrupted(rank, message["attempt"], event.text, *call.memory.progress()))
+        if self.state.attempt != before:
+            action = f"reload({self.state.restarts_without_progress}/{self.state.max_restarts})"
+            say(f"distbp: {event.text} action={action}")
+            call.run.event(event.record | {"action": action})
 
     def _finish(self, number: int, result: dict[str, Any]) -> None:
         """Record the result of a call and hand it to every worker that took part."""
@@ -360,7 +382,7 @@ class JobKeeper(ABC):
             if call is not None:
                 call.memory.park(action.attempt)
         elif isinstance(action, coordinator.Start):
-            self._workers[action.rank] = self.start_worker(action.rank)
+            self._pending_starts.append((time.monotonic() + action.after_s, action.rank))
         elif isinstance(action, coordinator.End):
             self._message = action.message
         else:
@@ -391,7 +413,7 @@ class JobKeeper(ABC):
     def event(self, name: str, **fields: Any) -> None:
         """Say one event on stderr and record it."""
         text = " ".join(f"{key}={value}" for key, value in fields.items())
-        print(f"distbp: {name} {text}", file=sys.stderr, flush=True)
+        say(f"distbp: {name} {text}")
         if self._calls:
             self._calls[-1].run.event({"kind": _KINDS[name]} | fields)
 
@@ -415,7 +437,7 @@ class JobKeeper(ABC):
         elif self._message:
             self._note_failure(code)
         if self._message:
-            print(f"distbp: {self._message}", file=sys.stderr, flush=True)
+            say(f"distbp: {self._message}")
         return code
 
     def _note_failure(self, code: int) -> None:

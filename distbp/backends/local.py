@@ -58,7 +58,9 @@ class LocalJob(JobKeeper):
 
     def start_worker(self, rank: int) -> WorkerLink:
         """Start worker `rank` as a child process."""
-        process = WorkerProcess.start(rank, self.host_sizes[0], self._threads, self._arguments)
+        process = WorkerProcess.start(
+            rank, self.host_sizes[0], self._threads, self._arguments, self.faults_for(rank)
+        )
         self.selector.register(
             process.channel, selectors.EVENT_READ, lambda: self._read_message(rank, process)
         )
@@ -131,8 +133,9 @@ class LocalMemory:
         return look_at(self._arena)
 
     def set_word(self, host: int, step: int) -> None:
-        """Not needed: one host is never ahead of another."""
-        raise AssertionError(f"one host is never told its step, got {step} for host {host}")
+        """Store the committed-step word of the only host."""
+        assert host == 0, f"there is one host, got {host}"
+        self._arena.committed = step
 
     def request_stop(self) -> None:
         """Ask the workers to finish the step, save and end."""

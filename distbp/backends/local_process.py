@@ -14,6 +14,7 @@ from typing import Any
 
 from distbp.backends.local_worker import PacketChannel
 from distbp.environment import thread_variables
+from distbp.fault_points import VARIABLE
 
 __all__ = ["WorkerProcess"]
 
@@ -34,14 +35,17 @@ class WorkerProcess:
     unwatch: Callable[..., None] = lambda *watched: None
 
     @classmethod
-    def start(cls, rank: int, size: int, threads: int, arguments: Sequence[str]) -> WorkerProcess:
-        """Start worker `rank` of `size` with `threads` BLAS threads."""
+    def start(
+        cls, rank: int, size: int, threads: int, arguments: Sequence[str], faults: str
+    ) -> WorkerProcess:
+        """Start worker `rank` of `size` with `threads` BLAS threads and `faults` on purpose."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = os.environ | thread_variables(threads)
         environment |= {
             "DISTBP_RANK": str(rank),
             "DISTBP_SIZE": str(size),
             "DISTBP_HOST": f"fd:{theirs.fileno()}",
+            VARIABLE: faults,
         }
         popen = subprocess.Popen(
             [sys.executable, "-m", "distbp.cli.worker", *arguments],

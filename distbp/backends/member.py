@@ -4,7 +4,7 @@ A worker and the job that started it exchange messages over a `Channel`: JSON va
 order, some of which come with the descriptor of shared memory.  What a channel is made of is the backend's
 matter.
 
-    from the worker   join, parked, broken, finished, event, stop, failed, left
+    from the worker   join, parked, broken, corrupt, finished, event, stop, failed, left
     to the worker     job, seat, result, peers
 
 Calls of `fit` are numbered, so that a replaced worker, which runs its program from the start, can be told the
@@ -119,6 +119,7 @@ class JobMembership:
             self._connect,
             lambda record: self._send({"kind": "event", "record": record}),
             lambda attempt: self._send_about("broken", attempt),
+            lambda attempt, finding: self._send_about("corrupt", attempt, finding=finding),
         )
         return self._seat
 
@@ -197,9 +198,9 @@ class JobMembership:
         except (EOFError, OSError) as error:
             raise WorkerLost("the launching process is gone; run again: resuming is safe") from error
 
-    def _send_about(self, kind: str, attempt: int) -> None:
+    def _send_about(self, kind: str, attempt: int, **more: Any) -> None:
         """Send a message about an attempt of this call."""
-        self._send({"kind": kind, "call": self._call, "attempt": attempt})
+        self._send({"kind": kind, "call": self._call, "attempt": attempt} | more)
 
     def _send(self, message: dict[str, Any]) -> None:
         try:

@@ -35,8 +35,9 @@ import numpy as np
 
 from distbp.arena import Arena
 from distbp.backends.base import Admission, Plan, Seat, compare_plans, host_layout, host_ranks
+from distbp.backends.corruption import describe_corruption
 from distbp.backends.launcher import claim
-from distbp.errors import DistbpError, EnvironmentMismatch, error_for_code
+from distbp.errors import DistbpError, EnvironmentMismatch, StateCorrupted, error_for_code
 from distbp.run_directory import RunDirectory
 from distbp.transports.base import Transport
 from distbp.transports.mpi import MPITransport
@@ -73,6 +74,7 @@ class MPIMembership:
         self._arrange(world)
         self._arena: Arena | None = None
         self._run: RunDirectory | None = None
+        self._restore: Path | None = None
         self._log: WorkerLog | None = None
         self._stop_asked = False
         self._began = 0.0
@@ -109,6 +111,7 @@ class MPIMembership:
             gate,
             self._connect,
             self._record,
+            corrupted=self._end_corrupted,
             patience_s=_PATIENCE_S,
             replaces_lost=False,
         )
@@ -256,6 +259,7 @@ class MPIMembership:
             try:
                 self._run = RunDirectory.open(plan.out, plan.name)
                 admission = self._run.admit(plan)
+                self._restore = admission.restore
                 restore = None if admission.restore is None else str(admission.restore)
                 note = [str(admission.out), restore, admission.start, admission.result]
             except DistbpError as found:
@@ -268,6 +272,35 @@ class MPIMembership:
         """Write an event of rank 0."""
         assert self._run is not None, "only rank 0 reports events"
         self._run.event(record)
+
+    def _end_corrupted(self, attempt: int, finding: dict[str, Any]) -> NoReturn:
+        """End the job: the next start goes back to the newest checkpoint, and so does launch/mpirun.sh.
+
+        It is 69, as after the loss of a rank, where there is one, else 80; all ranks are here.
+        """
+        firsts = [host_ranks(self.host_sizes, host).start for host in range(len(self.host_sizes))]
+        event = describe_corruption(finding, [self._names[first] for first in firsts])
+        newest = None
+        if self.rank == 0:
+            assert self._run is not None, "rank 0 opened the run"
+            checkpoint = self._run.newest_checkpoint() or self._restore
+            newest = None if checkpoint is None else checkpoint.name
+            action = "end(80)" if newest is None else "end(69)"
+            self._run.event(event.record | {"action": action})
+        newest = self.broadcast(newest)
+        if newest is None:
+            cure = "there is no checkpoint to go back to: run again to begin anew"
+        else:
+            cure = (
+                f"run again: resuming is safe, from {newest} (launch/mpirun.sh --restarts does it by itself)"
+            )
+        error = StateCorrupted(
+            f"{event.text}: the state in memory changed by itself; {cure}; "
+            "a host that is named again has bad memory"
+        )
+        error.exit_code = 80 if newest is None else 69
+        error.agreed = True
+        raise error
 
     def _listen(self) -> None:
         """Let SIGUSR1, SIGTERM and SIGINT ask this rank's host to stop; the launcher passes them to all."""

@@ -39,6 +39,7 @@ from distbp.backends.ray_cluster import Host, RayCluster
 from distbp.backends.ray_memory import Keepers, RayMemory
 from distbp.errors import EnvironmentMismatch
 from distbp.run_directory import RunDirectory
+from distbp.terminal import say
 from distbp.transports import wire
 
 __all__ = ["RayJob"]
@@ -47,7 +48,11 @@ _VERDICT_S = 5.0
 """Seconds that Ray gets to notice the end of an actor whose connection broke."""
 
 _LAST_WORDS_S = 1.0
+_NODE_S = 600.0
 NODE_LOST = "node lost"
+
+_NEVER_RAN = "cancelled before it started running"
+"""Ray's words about an actor whose process could not talk to the driver."""
 
 
 class RayJob(JobKeeper):
@@ -59,8 +64,6 @@ class RayJob(JobKeeper):
     """
 
     backend = "ray"
-    give_up_s = 600.0
-    """A node that was lost may take that long to come back, or to be stood in for."""
 
     def __init__(
         self,
@@ -126,6 +129,7 @@ class RayJob(JobKeeper):
             link.start,
             self._arguments,
             os.getcwd(),
+            self.faults_for(rank),
         )
         self._cluster.when_done(reference, lambda error: self._posts.put(lambda: self._note_end(link, error)))
         return link
@@ -133,6 +137,10 @@ class RayJob(JobKeeper):
     def open_memory(self, plan: Plan) -> RayMemory:
         """Make the arenas of a new call, one on each host."""
         return RayMemory(plan, self.host_sizes, self._keepers, self.state.attempt)
+
+    def give_up_s(self, join_timeout_s: float) -> float:
+        """Return 10 minutes or more: a node that was lost may take that long to be there again."""
+        return max(super().give_up_s(join_timeout_s), _NODE_S)
 
     def check_run_directory(self, call: Call, rank: int) -> None:
         """Refuse a run directory that rank 0, or any worker of a script, cannot see."""
@@ -148,10 +156,8 @@ class RayJob(JobKeeper):
                 "share with --out"
             )
         self._unshared.add(host)
-        print(
+        say(
             f"distbp: W_NOT_SHARED host {name} does not see {out}: its workers keep no log",
-            file=sys.stderr,
-            flush=True,
         )
 
     # What happens outside of the loop is put into it.
@@ -185,7 +191,8 @@ class RayJob(JobKeeper):
             while link.connection is connection and (message := connection.receive(wait_s)) is not None:
                 if message["kind"] == "said":
                     stream = sys.stdout if message["stream"] == "stdout" else sys.stderr
-                    print(message["text"], end="", file=stream, flush=True)
+                    with suppress(OSError):  # Whoever reads is gone: not the workers' failure.
+                        print(message["text"], end="", file=stream, flush=True)
                 else:
                     self.note_message(link.rank, link, message)
         except (EOFError, OSError):
@@ -208,6 +215,13 @@ class RayJob(JobKeeper):
         if error is not None and not link.said_goodbye and not _is_death(error):
             # The program reports its own errors; this one is of starting an actor: a version, an import.
             text = f"worker {link.rank} could not run on host {link.host}: {_shorten(error)}"
+            self.handle(coordinator.Failed(link.rank, 78, text))
+            return
+        if _NEVER_RAN in str(error) and not link.said_goodbye:
+            text = (
+                f"Ray gave up worker {link.rank} before it ran, as it does when nodes and driver disagree "
+                "about tokens; start both with the same RAY_AUTH_MODE (distbp doctor --backend ray)"
+            )
             self.handle(coordinator.Failed(link.rank, 78, text))
             return
         self.note_end(link.rank, link, "lost" if error is None else _cause(error))

@@ -1,7 +1,7 @@
 """The Ray cluster that a job runs on: finding or starting it, asking what it has, and choosing the hosts.
 
 With `RAY_ADDRESS` in the environment (`ray job submit` sets it) the job joins that cluster; without it a Ray
-of its own is started on this machine, and ends with the job; Ray may let it listen on other interfaces too.
+of its own is started on this machine, listens on the loopback alone, and ends with the job.
 
 Ray waits for ever for processors that a cluster does not have, so it is asked first, and the answer names
 what was asked and what is there.  Hosts are chosen here and not by Ray: as few nodes as hold the workers, and
@@ -9,8 +9,9 @@ those evenly, because the smallest host decides how many lanes there are.  Every
 placement group; when a node dies, Ray looks for another one for its bundle, a spare one or the same again.
 
 Whoever reaches a Ray cluster can run any program there (CVE-2023-48022).  So a driver without token
-authentication is refused, unless `run.ray_insecure` says that the network is trusted.  Whether the cluster
-itself asks for the token is not tried here; `distbp doctor --backend ray` does.
+authentication is refused, unless `run.ray_insecure` says that the network is trusted.  The driver speaks for
+the cluster: the actors of a driver with a token do not run on nodes without (`ray.py` says so then).  Whether
+strangers get in is tried by `distbp doctor --backend ray`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from typing import Any
 
 from distbp.environment import available_cores
 from distbp.errors import AuthenticationError, EnvironmentMismatch
+from distbp.terminal import say
 
 __all__ = ["Host", "Node", "RayCluster", "choose_hosts"]
 
@@ -34,6 +35,9 @@ OLDEST_RAY = (2, 54)
 """Older versions run programs of whoever reaches their dashboard, tokens or not (CVE-2026-27482)."""
 
 _PLACE_S = 30.0
+_OWN = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Tells Ray that no second node will ever join; only then it listens on the loopback alone, on Linux too."""
+
 _PIN = 0.001
 """Share of a node's own resource that ties a bundle to it."""
 
@@ -101,6 +105,7 @@ class RayCluster:
         address = os.environ.get("RAY_ADDRESS")
         if not address:
             _make_token()  # Ray reads its variables when it is imported.
+            os.environ |= {name: os.environ.get(name, value) for name, value in _OWN.items()}
         ray = _import_ray()
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address:
@@ -209,18 +214,19 @@ def _make_token() -> None:
 
     Ray would make the file itself, readable for everybody.
     """
-    if os.environ.get("RAY_AUTH_MODE") or os.environ.get("RAY_AUTH_TOKEN"):
+    if os.environ.get("RAY_AUTH_MODE"):
         return
     os.environ["RAY_AUTH_MODE"] = "token"
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError:
         if path.stat().st_mode & 0o077:
-            print(
+            say(
                 f"distbp: W_TOKEN_READABLE others may read Ray's token in {path}; chmod 600 {path}",
-                file=sys.stderr,
             )
         return
     except OSError as error:
@@ -235,6 +241,11 @@ def _check_reachable(address: str) -> None:
     """Say within seconds that nobody listens at a cluster's address; Ray itself would try for minutes."""
     import socket
 
+    if address.startswith(("http://", "https://")):
+        raise EnvironmentMismatch(
+            f"RAY_ADDRESS {address} is where jobs are handed in; hand this one in: ray job submit "
+            "--working-dir . -- distbp ..., or name the address of the head itself, HOST:6379 as a rule"
+        )
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdigit():  # "auto", or the ray:// form of a client: Ray knows better.
         return

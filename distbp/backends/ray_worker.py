@@ -41,6 +41,9 @@ __all__ = ["HostKeeper", "RayMembership", "joined_job"]
 _CONNECT_S = 30.0
 _LONG_S = 3600.0
 _LANE_S = 60.0
+_MOST_SAID = 1 << 20
+"""Characters in a message; as JSON each is six bytes at most, and a message has a limit."""
+
 _ARENA_NAME = "/memfd:distbp-arena"
 
 
@@ -154,9 +157,10 @@ class _Speaker(io.TextIOBase):
         self._send(text)
 
     def _send(self, text: str) -> None:
-        if text:
-            with contextlib.suppress(OSError):  # Nobody is left to read it.
-                self._connection.send({"kind": "said", "stream": self._stream, "text": text})
+        with contextlib.suppress(OSError):  # Nobody is left to read it.
+            for start in range(0, len(text), _MOST_SAID):
+                part = text[start : start + _MOST_SAID]
+                self._connection.send({"kind": "said", "stream": self._stream, "text": part})
 
 
 @contextlib.contextmanager

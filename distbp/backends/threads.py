@@ -46,6 +46,8 @@ class ThreadsJob:
     deadline_s: float = 60.0
     results: dict[int, Any] = field(default_factory=dict)
     errors: dict[int, BaseException] = field(default_factory=dict)
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    """What every worker said about a corrupted state."""
 
     def __post_init__(self) -> None:
         hosts = tuple(host for host, size in enumerate(self.host_sizes) for _ in range(size))
@@ -197,7 +199,11 @@ class ThreadsMembership:
         def broken(attempt: int) -> None:
             job.handle(coordinator.Broken(self.rank, attempt))
 
-        return Seat(self.rank, sizes, arena, admission, gate, connect, job.record, broken)
+        def corrupted(attempt: int, finding: dict[str, Any]) -> None:
+            job.handle(coordinator.Corrupted(self.rank, attempt, str(finding)))
+            job.findings.append(finding)
+
+        return Seat(self.rank, sizes, arena, admission, gate, connect, job.record, broken, corrupted)
 
     def finish(self, seat: Seat, result: dict[str, Any] | None) -> dict[str, Any]:
         """Hand in the result, or wait for it."""

@@ -13,13 +13,13 @@ import errno
 import hashlib
 import os
 import stat
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from distbp.checkpoint.manifest import FileRecord
+from distbp.crc import crc32
 from distbp.errors import CheckpointError, InputMissing
 
 __all__ = [
@@ -53,7 +53,7 @@ class Checksums:
     def update(self, block: memoryview | bytes) -> None:
         """Take in the next bytes; both functions release the interpreter for large blocks."""
         self._size += len(block)
-        self._crc32 = zlib.crc32(block, self._crc32)
+        self._crc32 = crc32(block, self._crc32)
         if self._sha256 is not None:
             self._sha256.update(block)
 

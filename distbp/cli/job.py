@@ -235,6 +235,7 @@ def fit_options(config: Config, preprocessing: Preprocessing, out: str | None) -
         "log_samples": config.run.log_samples,
         "overlap": config.run.overlap,
         "bucket_bytes": None if config.run.bucket_kib is None else config.run.bucket_kib * 1024,
+        "verify_every": config.run.verify_every,
         "max_restarts": config.run.max_restarts,
         "name": run_name(config),
         "metadata": {"config": settings, "preprocessing": preprocessing.to_dict()},

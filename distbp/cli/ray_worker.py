@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Sequence
 
+from distbp import fault_points
 from distbp.backends.ray_worker import joined_job
 from distbp.cli.worker import run_reporting
 
@@ -24,11 +25,14 @@ class RayWorker:
         start: int,
         arguments: Sequence[str],
         folder: str,
+        fault: str,
     ) -> None:
         """Run `arguments`, a script with its options, or the job that the driver sends.
 
-        The script runs in `folder`, the driver's, where that exists on this node.
+        The script runs in `folder`, the driver's, where that exists on this node; `fault` is the driver's
+        DISTBP_FAULT.
         """
+        os.environ[fault_points.VARIABLE] = fault
         with joined_job(driver, key, rank, size, start) as members:
             if os.path.isdir(folder):
                 os.chdir(folder)

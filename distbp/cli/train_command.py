@@ -90,7 +90,7 @@ def read_config(
     data: str | None, file: str | None, overrides: tuple[str, ...], flags: dict[str, str | None]
 ) -> Resolved:
     """Join all sources of configuration; the values of flags are read as those of `-o` are."""
-    from distbp.config import Run, resolve
+    from distbp.config import resolve
     from distbp.errors import ConfigError
 
     given: dict[str, object] = {
@@ -103,8 +103,6 @@ def read_config(
     resolved = resolve(
         file=Path(file) if file else None, environment=os.environ, flags=given, overrides=overrides
     )
-    if resolved.config.run.verify_every != Run().verify_every:
-        print("distbp: W_NO_EFFECT run.verify_every is not in effect in this version", file=sys.stderr)
     if not resolved.config.data.path:
         raise ConfigError("no data: name a file, a directory or 'digits', as in: distbp train digits")
     return resolved

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.job import EPOCH_CORRECT, EPOCH_LOSS, EPOCH_WEIGHT, LOSS, WEIGHT
+from distbp.terminal import say
 
 if TYPE_CHECKING:
     from distbp.backends.base import Seat
@@ -161,7 +162,7 @@ class Progress:
             self._bar.console.print(text, markup=False, highlight=False)
             return
         with contextlib.suppress(OSError, ValueError):  # Nobody listens any more; training goes on.
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
 
 def _new_bar() -> Any:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from distbp.errors import CannotWrite
+from distbp.terminal import say
 
 __all__ = ["Records", "append_record", "read_records"]
 
@@ -67,7 +67,7 @@ class Records:
             _append(path, text)
         except CannotWrite as error:
             if not self._warned:
-                print(f"distbp: W_RECORD_LOST {error}; training goes on", file=sys.stderr, flush=True)
+                say(f"distbp: W_RECORD_LOST {error}; training goes on")
                 self._warned = True
             return False
         return True

@@ -17,13 +17,17 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["blocks", "clip_factor", "global_norm", "is_finite", "measure"]
+__all__ = ["BLOCK", "blocks", "clip_factor", "global_norm", "is_finite", "measure"]
 
 # Keeps a division by a gradient of zeros harmless; PyTorch's clip_grad_norm_ uses the same number.
 _NORM_GUARD = 1e-6
 
 
-def blocks(layout_borders: Iterable[tuple[int, int]], block: int = 16_384) -> list[tuple[int, int]]:
+BLOCK = 16_384
+"""Elements of a block; a tensor's last one may be shorter."""
+
+
+def blocks(layout_borders: Iterable[tuple[int, int]], block: int = BLOCK) -> list[tuple[int, int]]:
     """Return half-open ranges of at most `block` elements that cover each tensor, cut from its beginning.
 
     `layout_borders` holds the offset and the length of each tensor, in elements; the order is kept.

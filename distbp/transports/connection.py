@@ -23,7 +23,6 @@ import socket
 import struct
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -31,6 +30,7 @@ from typing import Any
 
 import msgspec
 
+from distbp.crc import crc32
 from distbp.errors import TransportError
 from distbp.transports import handshake
 
@@ -231,7 +231,7 @@ class Connection:
     def _body_length(self) -> int:
         """Return how long the body is that the header announces."""
         length, _, crc = _HEADER.unpack(self._header)
-        if crc != zlib.crc32(memoryview(self._header)[:_CHECKED]):
+        if crc != crc32(memoryview(self._header)[:_CHECKED]):
             raise self._break("the header of a message is damaged")
         if not _LEAST_MESSAGE_BYTES <= length <= MOST_MESSAGE_BYTES:
             raise self._break(
@@ -241,7 +241,7 @@ class Connection:
 
     def _parse(self, body: bytearray) -> dict[str, Any]:
         """Return the message in `body`."""
-        if zlib.crc32(body) != _HEADER.unpack(self._header)[1]:
+        if crc32(body) != _HEADER.unpack(self._header)[1]:
             raise self._break(f"a message of {len(body)} bytes is damaged")
         try:
             return handshake.decode_json(body)
@@ -329,8 +329,8 @@ def _frame(message: Mapping[str, Any]) -> tuple[bytes, bytes]:
         raise ValueError(
             f"expected a message that nests at most {handshake.MOST_DEPTH} deep, got a deeper one"
         )
-    checked = _HEADER.pack(len(body), zlib.crc32(body), 0)[:_CHECKED]
-    return checked + zlib.crc32(checked).to_bytes(4, "little"), body
+    checked = _HEADER.pack(len(body), crc32(body), 0)[:_CHECKED]
+    return checked + crc32(checked).to_bytes(4, "little"), body
 
 
 def wait(descriptor: int, events: int, seconds: float) -> None:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import select
 import socket
 import struct
-import zlib
 
+from distbp.crc import crc32
 from distbp.transports.connection import skip_sent
 
 __all__ = ["BadFrame", "Incoming", "Outgoing"]
@@ -65,7 +65,7 @@ class Outgoing:
         """Take the next chunk; with the last one goes the checksum."""
         chunk = self._data[self._loaded : self._loaded + CHUNK_BYTES]
         self._loaded += len(chunk)
-        self._crc = zlib.crc32(chunk, self._crc)
+        self._crc = crc32(chunk, self._crc)
         self._parts.append(chunk)
         if self._loaded == len(self._data):
             self._parts.append(memoryview(_TRAILER.pack(self._crc)))
@@ -118,7 +118,7 @@ class Incoming:
 
     def _take_data(self, data: memoryview) -> int:
         """Note the bytes that have come."""
-        self._crc = zlib.crc32(data, self._crc)
+        self._crc = crc32(data, self._crc)
         self._data_got += len(data)
         return len(data)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,64 @@ def test_a_cluster_without_tokens_is_refused(prefix, tmp_path):
     )
     assert done.returncode == 77
     assert "run.ray_insecure" in done.stderr
+
+
+OPEN_NODE = """
+export PATH="$1/bin:$PATH" PYTHONPATH="$2" HOME="$3" RAY_TMPDIR="$3" RAY_USAGE_STATS_ENABLED=0
+ip link set lo up
+RAY_AUTH_MODE=disabled ray start --head --node-ip-address=127.0.0.1 --port=6379 --num-cpus=2 \\
+    --include-dashboard=false --disable-usage-stats >"$3/ray.log" 2>&1 || exit
+ray get-auth-token --generate >/dev/null
+export RAY_AUTH_MODE=token RAY_ADDRESS=127.0.0.1:6379
+exec python -m distbp.cli.main train digits --backend ray --nproc 1 --out "$3/run"
+"""
+"""Starts a node without tokens, in a namespace of its own, and trains there as one who has a token."""
+
+
+def test_nodes_without_tokens_are_named(prefix):
+    """A driver with a token and nodes without one cannot work together: 78 names the variable."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for namespaces")
+    with tempfile.TemporaryDirectory(prefix="r") as home:  # Short, for the names of Ray's sockets.
+        own = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        known = {
+            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DISTBP_"))
+        }
+        command = [*own, "bash", "-c", OPEN_NODE, "bash", prefix, REPOSITORY, home]
+        done = subprocess.run(command, cwd=home, env=known, capture_output=True, text=True, timeout=150)
+        assert done.returncode == 78, done.stdout + done.stderr
+        assert "RAY_AUTH_MODE" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "word"), [("http://127.0.0.1:8265", "ray job submit"), ("127.0.0.1:1", "nobody listens")]
+)
+def test_a_wrong_address_is_named(prefix, tmp_path, address, word):
+    """An address that is not a cluster's gives 78 and says what to name instead."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DISTBP_"))}
+    done = subprocess.run(
+        distbp(prefix, "train", "digits", "--backend", "ray", "--nproc", "1", "--out", tmp_path / "run"),
+        cwd=tmp_path,
+        env=known | {"RAY_ADDRESS": address, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 78
+    assert address in done.stderr
+    assert word in done.stderr
+
+
+def test_a_long_line_arrives(nodes, hosts, prefix, tmp_path):
+    """What a worker prints in one go may be longer than a message."""
+    (tmp_path / "train.py").write_text(
+        SCRIPT.format(trouble="print('x' * 20_000_000, flush=True)", out=str(tmp_path / "run"))
+    )
+    command = distbp(prefix, "run", "--backend", "ray", "--nproc", "1", "train.py")
+    done = nodes.run_driver(command, cwd=tmp_path, timeout=90)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("x") >= 20_000_000
 
 
 def test_a_private_run_directory_is_refused(nodes, hosts, prefix, tmp_path):
