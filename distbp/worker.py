@@ -285,6 +285,7 @@ class Worker:
         arena.progress(COMPUTE)
         self._compute()
         times.append(time.perf_counter())
+        arena.note_compute(times[1] - times[0])
         barrier.wait()
         times.append(time.perf_counter())
         arena.progress(REDUCE)
@@ -344,6 +345,7 @@ class Worker:
             self._lane.measure()
         if self.seat.local_rank == 0:
             self._tail_sum.run()
+            self.after.watch_stragglers(self.step, self._transport)
 
     def _update(self, tail: NDArray[np.float64]) -> bool:
         """Write the next generation of the lane and, by the host's first worker, of the scalars.
