@@ -35,6 +35,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from distbp.arena import EMPTY, RELOAD
+from distbp.cgroups import OUT_OF_MEMORY
 
 __all__ = [
     "GOOD_STEPS",
@@ -62,6 +63,12 @@ GOOD_STEPS = 20
 
 _SAME_STEP_LIMIT = 3
 _FIRST_BACK_OFF_S, _MOST_BACK_OFF_S = 0.1, 10.0
+
+_CURE = "look for the cause in RUN/logs before running again"
+_CURES = {
+    "SIGKILL": "look for the cause in RUN/logs, and for an out-of-memory kill in the kernel's log",
+    OUT_OF_MEMORY: "take fewer workers, a smaller micro_batch or model, or a machine with more memory",
+}
 
 _NOBODY = -1
 """Stands for a rank where only a connection was lost."""
@@ -250,10 +257,8 @@ def _replace_lost(state: State, event: Lost) -> tuple[State, tuple[Action, ...]]
             if same_step >= _SAME_STEP_LIMIT
             else f"{state.restarts_without_progress} restarts brought no progress"
         )
-        memory = ", and for an out-of-memory kill in the kernel's log" if event.cause == "SIGKILL" else ""
         message = (
-            f"worker {event.rank} was lost again ({event.cause}): {times}; look for the cause in RUN/logs"
-            f"{memory} before running again"
+            f"worker {event.rank} was lost again ({event.cause}): {times}; {_CURES.get(event.cause, _CURE)}"
         )
         return replace(state, ended=True, exit_code=70), (End(70, message),)
     state = _announce(replace(state, left=state.left - {event.rank}))
