@@ -74,6 +74,9 @@ class AfterStep:
         validation = None
         if ends_epoch and job.validation is not None:
             validation = self._evaluate(step, transport)
+            if self.saves_at(step, save=save, stop=stop):
+                # A run that goes back to this checkpoint does not evaluate again.
+                self.check.meet(step)
         if self.seat.rank == 0:
             if ends_epoch:
                 self.progress.epoch(step, arena.scalars(step), validation, self.records)

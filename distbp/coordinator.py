@@ -26,7 +26,8 @@ the store, and then one survivor reads "committed" before another worker's repla
 
 Restarts are counted by progress: `max_restarts` losses, broken connections or corruptions without
 `GOOD_STEPS` steps or a new checkpoint in between, or the same worker dying three times in the same step, end
-the job with 70.
+the job with 70.  The second one without progress waits 0.1 s before it begins, each further one twice as
+long.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ GOOD_STEPS = 20
 """So many steps after a restart show that the cause is gone, and its count begins anew."""
 
 _SAME_STEP_LIMIT = 3
+_FIRST_BACK_OFF_S, _MOST_BACK_OFF_S = 0.1, 10.0
 
 _NOBODY = -1
 """Stands for a rank where only a connection was lost."""
@@ -147,9 +149,10 @@ class Park:
 
 @dataclass(frozen=True)
 class Start:
-    """Action: start a replacement for `rank`."""
+    """Action: start a replacement for `rank`, `after_s` seconds from now."""
 
     rank: int
+    after_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,12 @@ def _replace_lost(state: State, event: Lost) -> tuple[State, tuple[Action, ...]]
         )
         return replace(state, ended=True, exit_code=70), (End(70, message),)
     state = _announce(replace(state, left=state.left - {event.rank}))
-    return state, (Park(state.attempt), Start(event.rank))
+    return state, (Park(state.attempt), Start(event.rank, _back_off_s(state.restarts_without_progress)))
+
+
+def _back_off_s(restarts: int) -> float:
+    """Return how long the restart of this number without progress waits: not at all, then ever longer."""
+    return 0.0 if restarts <= 1 else float(min(_FIRST_BACK_OFF_S * 2.0 ** (restarts - 2), _MOST_BACK_OFF_S))
 
 
 def _announce(state: State) -> State:

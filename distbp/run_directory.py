@@ -11,11 +11,13 @@ until it ends, and decides what a run begins from: a finished run answers at onc
 model is refused, a damaged checkpoint is passed over in favour of the one before and named.
 
 Directories are 0700 and files 0600.  The lock is `flock`, which the kernel drops with its last holder,
-so a killed job leaves no stale lock; `lock` also says who holds it.
+so a killed job leaves no stale lock; `lock` also says who holds it, and how many starts in a row ended
+without a word and without a new checkpoint: something that starts a job again and again is told so with 70.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -24,9 +26,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from distbp import checkpoint
 from distbp.backends.base import Admission, Plan
-from distbp.errors import CannotWrite, CheckpointError, ConfigError, InputMissing
+from distbp.errors import (
+    CannotWrite,
+    CheckpointError,
+    ConfigError,
+    InputMissing,
+    RestartsUsedUp,
+    WorkerLost,
+)
 from distbp.metrics.records import append_record
 from distbp.terminal import say
 
@@ -42,10 +53,16 @@ def default_name(name: str, now: float | None = None) -> str:
 class RunDirectory:
     """An open run directory, locked for this job; `close` is idempotent."""
 
-    def __init__(self, path: Path, lock: int, start: int) -> None:
+    def __init__(self, path: Path, lock: int, before: _LockNote) -> None:
         self.path = path
-        self.start = start
+        self.start = before.start + 1
         self._lock = lock
+        newest = _newest_step(path)
+        me = (os.getpid(), socket.gethostname())
+        fruitless = 0 if newest > before.newest else before.fruitless
+        if me != (before.pid, before.host):  # A command may open it twice: to look, and to train.
+            fruitless += 1
+        self._note = _LockNote(*me, self.start, fruitless, newest)
 
     @classmethod
     def open(cls, out: str | None, name: str) -> RunDirectory:
@@ -71,20 +88,24 @@ class RunDirectory:
                 f"the run directory {path} is in use by {_describe_holder(holder)}; "
                 "wait for that job, or choose another directory with --out"
             ) from error
-        start = _read_start(os.read(lock, 4096)) + 1
-        note = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "start": start}) + "\n"
+        run = cls(path, lock, _read_note(os.read(lock, 4096)))
         try:
-            os.pwrite(lock, note.encode(), 0)
-            os.ftruncate(lock, len(note))
+            run._write_note()
         except OSError as error:
-            os.close(lock)
+            run.close()
             raise CannotWrite(f"cannot write {path / 'lock'}: {error.strerror}; free some space") from error
-        return cls(path, lock, start)
+        return run
 
     def admit(self, plan: Plan) -> Admission:
         """Decide what the run begins from, and write down what it is."""
         folder = self.path / "checkpoints"
         checkpoint.remove_leftovers(folder)
+        if (fruitless := self._note.fruitless - 1) > plan.max_restarts:
+            self._forget_fruitless()
+            raise RestartsUsedUp(
+                f"{fruitless} starts in a row ended without a word and without a new checkpoint in "
+                f"{self.path}; look for the cause in its logs, then run again"
+            )
         if plan.resume == "never":
             if checkpoint.list_checkpoints(folder) or (self.path / "result.json").exists():
                 raise CannotWrite(
@@ -126,7 +147,9 @@ class RunDirectory:
             say(f"distbp: W_RECORD_LOST {error}")
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Replace `result.json` as a whole."""
+        """Replace `result.json` as a whole; a job that says how it ended counts as a fruitful start."""
+        if result["exit_code"] != WorkerLost.exit_code:
+            self._forget_fruitless()
         write_file(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
     def close(self) -> None:
@@ -134,6 +157,18 @@ class RunDirectory:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def _forget_fruitless(self) -> None:
+        """Begin to count starts without a new checkpoint anew."""
+        self._note = msgspec.structs.replace(self._note, fruitless=0)
+        with contextlib.suppress(OSError):  # The disk is full: the count only errs on the safe side.
+            self._write_note()
+
+    def _write_note(self) -> None:
+        """Write into the lock file who holds it."""
+        content = msgspec.json.encode(self._note) + b"\n"
+        os.pwrite(self._lock, content, 0)
+        os.ftruncate(self._lock, len(content))
 
     def _finished_result(self, plan: Plan, step: int) -> dict[str, Any] | None:
         """Return the result of a run that has already made all its steps."""
@@ -222,12 +257,32 @@ def _new_directory(name: str) -> Path:
     raise CannotWrite(f"{base} and 999 names after it are taken; choose a directory with --out")
 
 
-def _read_start(content: bytes) -> int:
-    """Return how often a job has begun here, according to the lock file."""
+class _LockNote(msgspec.Struct, frozen=True):
+    """What the lock file says: its holder, and how often a job has begun here.
+
+    `fruitless` counts the last starts that neither said how they ended nor made a checkpoint newer than that
+    of step `newest`.
+    """
+
+    pid: int = -1
+    host: str = ""
+    start: int = 0
+    fruitless: int = 0
+    newest: int = -1
+
+
+def _read_note(content: bytes) -> _LockNote:
+    """Return what the lock file says; one that is empty or cut off says nothing."""
     try:
-        return int(json.loads(content)["start"])
-    except (ValueError, KeyError, TypeError):
-        return 0
+        return msgspec.json.decode(content, type=_LockNote)
+    except msgspec.DecodeError:
+        return _LockNote()
+
+
+def _newest_step(path: Path) -> int:
+    """Return the step of the newest checkpoint, or -1."""
+    names = [found.name for found in checkpoint.list_checkpoints(path / "checkpoints")]
+    return int(names[0].removeprefix("step-")) if names else -1
 
 
 def _describe_holder(content: str) -> str:

@@ -51,7 +51,10 @@ DRAWING = (
         "who starts workers, who decides, and what a worker does",
         ("backends", "coordinator", "worker", "run_directory"),
     ),
-    ("before and after a step", ("state", "after_step", "planning", "exchange", "trial", "verify")),
+    (
+        "before and after a step",
+        ("state", "after_step", "planning", "exchange", "divergence", "trial", "verify"),
+    ),
     ("what those share", ("backends.base", "job", "evaluation", "saver", "metrics", "worker_log")),
     ("the parts", ("nn", "optim", "data", "checkpoint", "reduce", "arena")),
     (

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distbp.arena import RELOAD
 from distbp.coordinator import (
     EMPTY,
     GOOD_STEPS,
+    Corrupted,
     End,
     Failed,
     Left,
@@ -168,7 +170,7 @@ def test_a_loss_between_parking_and_release_begins_again(rank):
     state, _ = run(TWO_HOSTS, Lost(2, "SIGKILL"))
     state, _ = run(state, *park_all(state))
     state, actions = run(state, Lost(rank, "SIGKILL"), Words(2, (7, EMPTY)))
-    assert actions == [Park(3), Start(rank)]
+    assert actions == [Park(3), Start(rank, 0.1 if rank == 2 else 0.0)]
     state, actions = run(state, *park_all(state), Words(3, (7, EMPTY)))
     assert actions == [ReadWords(3), Release(3, 0)]
 
@@ -345,3 +347,69 @@ def test_whatever_comes_only_the_newest_attempt_counts(events):
         if any(isinstance(action, Release) for action in actions):
             parked.clear()
         state = after
+
+
+# Rule 5: a corrupted state is held by nobody.
+
+
+def test_a_corrupted_state_is_wiped_everywhere_and_only_when_all_are_parked():
+    """First everybody parks, then every word that names a step is set to nothing held, then all reload."""
+    state, actions = run(TWO_HOSTS, Corrupted(2, 1, "lane 0", 57, 50), Corrupted(0, 1, "lane 0", 57, 50))
+    assert actions == [Park(2)], "every worker says so, and it counts once"
+    state, actions = run(state, *park_all(state))
+    assert actions == [ReadWords(2)]
+    state, actions = run(state, Words(2, (57, 58)))
+    assert actions == [SetWord(0, EMPTY), SetWord(1, EMPTY), Release(2, RELOAD)]
+    assert state.restarts == 1
+
+
+def test_a_loss_while_a_corrupted_state_is_given_up_changes_nothing():
+    """The words do not count after a loss either; and while nobody holds a state, it is loaded again."""
+    state, _ = run(TWO_HOSTS, Corrupted(2, 1, "lane 0", 57, 50), Lost(3, "SIGKILL", 57, 50))
+    assert agree((57, 57), state)[-1] == Release(3, RELOAD)
+    state, _ = run(state, *park_all(state), Words(3, (57, EMPTY)))
+    state, _ = run(state, Lost(0, "SIGKILL", EMPTY, 50))
+    assert agree((EMPTY, EMPTY), state) == [Release(4, RELOAD)]
+    assert agree((50, 50), state) == [Release(4)]
+
+
+def test_a_loaded_state_counts_again():
+    """What was loaded after a corruption is held like any other state."""
+    state, _ = run(ONE_HOST, Corrupted(0, 1, "lane 0", 57, 50))
+    state, _ = run(state, *park_all(state), Words(2, (57,)), Lost(1, "SIGKILL", 50, 50))
+    assert agree((50,), state) == [Release(3)]
+    state, _ = run(state, *park_all(state), Words(3, (50,)), Lost(1, "SIGKILL", 51, 50))
+    assert agree((EMPTY,), state) == [Release(4)], "an arena that was lost later is no corruption"
+
+
+def test_corruptions_without_progress_end_the_job():
+    """Memory that goes bad again and again uses up the restarts; the message names the place."""
+    state = replace(ONE_HOST, max_restarts=2)
+    for _ in range(2):
+        state, actions = run(state, Corrupted(0, state.attempt, "lane 0 of host a", 57, 50))
+        assert isinstance(actions[0], Park)
+        state, _ = run(state, *park_all(state), Words(state.attempt, (57,)))
+    state, (end,) = run(state, Corrupted(0, state.attempt, "lane 0 of host a", 57, 50))
+    assert end.exit_code == 70
+    assert end.message.startswith("lane 0 of host a; 3 restarts brought no progress")
+    assert "memory" in end.message
+
+
+def test_an_old_finding_is_ignored():
+    """A finding of an attempt that is over changes nothing: whoever finds it again says so again."""
+    state, _ = run(ONE_HOST, Lost(1, "SIGKILL"))
+    assert run(state, Corrupted(0, 1, "lane 0")) == (state, [])
+
+
+def test_restarts_without_progress_wait_ever_longer():
+    """The first replacement comes at once, the next ones after a pause that doubles up to ten seconds."""
+    state, waits = State((0, 0), max_restarts=12), []
+    for _ in range(6):
+        for rank in (0, 1):
+            state, actions = run(state, Lost(rank, "SIGKILL", step=EMPTY + rank + len(waits)))
+            waits += [action.after_s for action in actions if isinstance(action, Start)]
+            state, _ = run(state, *park_all(state))
+            state, _ = run(state, Words(state.attempt, (5,)))
+    assert waits[:5] == [0.0, 0.1, 0.2, 0.4, 0.8]
+    assert waits == sorted(waits)
+    assert max(waits) <= 10.0

@@ -36,6 +36,7 @@ __all__ = [
     "Plan",
     "Seat",
     "compare_plans",
+    "describe_difference",
     "host_layout",
     "host_ranks",
 ]
@@ -179,6 +180,15 @@ def host_layout(plan: Plan, host_sizes: tuple[int, ...], host: int) -> ArenaLayo
 def compare_plans(first: Plan, other: Plan) -> str:
     """Return what differs between two plans, or an empty text."""
     return compare_values(msgspec.to_builtins(first), msgspec.to_builtins(other))
+
+
+def describe_difference(rank: int, differing: str) -> str:
+    """Return the message about worker `rank`, whose plan is not that of the first worker."""
+    return (
+        f"worker {rank} brought another plan than the first worker: {differing}; "
+        "every worker must run the same script with the same options, data, NumPy, BLAS kernel "
+        "(OPENBLAS_CORETYPE) and CPU features (NPY_DISABLE_CPU_FEATURES)"
+    )
 
 
 def compare_values(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> str:

@@ -21,16 +21,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import msgspec
 
 from distbp import coordinator
 from distbp.arena import EMPTY
-from distbp.backends.base import Admission, Plan, compare_plans, host_ranks
+from distbp.backends.base import Admission, Plan, compare_plans, describe_difference, host_ranks
 from distbp.backends.corruption import describe_corruption
 from distbp.backends.hang_watch import HangWatch
-from distbp.backends.job_parts import Call, HostMemory, WorkerLink
+from distbp.backends.job_parts import Call, HostMemory, WorkerLink, end_stuck
+from distbp.backends.patience import Patience
 from distbp.backends.signal_inbox import SignalInbox
 from distbp.coordinator import decide
 from distbp.errors import DistbpError
@@ -46,6 +48,9 @@ _GRACE_S = 2.0
 _FAILED_GRACE_S = 0.2
 """Seconds that the others get to write what they have to say after one has failed."""
 
+_SCRIPT_S = 1800.0
+"""Seconds that workers of a script wait in `fit` for one that does something else before."""
+
 _TICK_S = 0.5
 _KINDS = {
     "E_LOST_WORKER": "lost",
@@ -55,21 +60,16 @@ _KINDS = {
 }
 """What events are called in `events.jsonl`."""
 
-_STACKS_S = 0.3
-"""Seconds that a stuck worker gets to write its stacks."""
-
 
 class JobKeeper(ABC):
     """A job whose workers, `host_sizes[h]` on host h, all run the same program; `run` returns the exit code.
 
     `job` is sent to every worker as its first message, for programs that ask for it.  `admitted` is the run
     directory of the first call of `fit`, if it was already opened and locked.  Workers that the others have
-    waited for in `fit` for `join_timeout_s` are named.
+    waited for in `fit` for `join_timeout_s` are named, and given up after `give_up_s`.
     """
 
     backend: str
-    give_up_s = float("inf")
-    """Seconds that the others wait for a worker before the job ends with 69."""
 
     def __init__(
         self,
@@ -87,13 +87,13 @@ class JobKeeper(ABC):
         self.selector = selectors.DefaultSelector()
         self.first_message = job
         self._workers: dict[int, WorkerLink] = {}
-        self._join_timeout_s = join_timeout_s
+        self._patience = Patience(join_timeout_s, self.give_up_s(join_timeout_s))
+        self._pending_starts: list[tuple[float, int]] = []
         self._admitted = admitted
         self._calls: list[Call] = []
         self._stop_signal = 0
         self._watch = HangWatch(_TICK_S)
         self._watched_at = 0.0
-        self._complete_at = self._warned_at = time.monotonic()
         self._message = ""
         self._steps_redone = 0
 
@@ -106,6 +106,13 @@ class JobKeeper(ABC):
     @abstractmethod
     def open_memory(self, plan: Plan) -> HostMemory:
         """Make the arenas of a new call; they hold nothing."""
+
+    def give_up_s(self, join_timeout_s: float) -> float:
+        """Return for how many seconds the others wait for a worker before the job ends with 69.
+
+        Workers of a `distbp train` all do the same before; of a script, one may prepare data for all.
+        """
+        return join_timeout_s if self.first_message is not None else max(join_timeout_s, _SCRIPT_S)
 
     @abstractmethod
     def check_run_directory(self, call: Call, rank: int) -> None:
@@ -125,8 +132,10 @@ class JobKeeper(ABC):
             for rank in range(len(self.state.hosts)):
                 self._workers[rank] = self.start_worker(rank)
             while not self.state.ended:
-                for key, _ in self.selector.select(_TICK_S):
+                soonest = min((at for at, _ in self._pending_starts), default=inf) - time.monotonic()
+                for key, _ in self.selector.select(min(_TICK_S, max(0.0, soonest))):
                     key.data()
+                self._start_due()
                 self._name_missing()
                 self._end_stuck()
             return self._end()
@@ -144,22 +153,28 @@ class JobKeeper(ABC):
             with suppress(KeyError, ValueError):
                 self.selector.unregister(descriptor)
 
+    def _start_due(self) -> None:
+        """Start the replacements whose time has come."""
+        now = time.monotonic()
+        due = [rank for at, rank in self._pending_starts if at <= now]
+        self._pending_starts = [(at, rank) for at, rank in self._pending_starts if at > now]
+        for rank in due:
+            self._workers[rank] = self.start_worker(rank)
+
     def _name_missing(self) -> None:
         """Say whom the others wait for, in `fit` or for a replacement, when that takes long."""
         call, now = self._current_call(), time.monotonic()
-        if call is None or len(call.joined) == len(self.state.hosts):
-            self._complete_at = now
+        missing = set(range(len(self.state.hosts))) - call.joined if call is not None else set()
+        if call is None or not missing:
+            self._patience.nobody_is_missing(now)
             return
-        waited = now - max(call.began, self._complete_at)
-        missing = sorted(set(range(len(self.state.hosts))) - call.joined)
-        if waited > self.give_up_s:
-            text = f"waited {waited:.0f} s for worker {missing} to come back; run again: resuming is safe"
-            self.handle(coordinator.Failed(-1, 69, text))
-        elif min(waited, now - self._warned_at) > self._join_timeout_s:
-            self._warned_at = now
-            doing = "be replaced" if call.released else "call fit"
-            text = f"distbp: W_WAITING for worker {missing} to {doing}, {waited:.0f} s so far"
-            say(text)
+        doing = "be replaced" if call.released else "call fit"
+        if (found := self._patience.look(now, call.began, missing, doing)) is None:
+            return
+        if found.over:
+            self.handle(coordinator.Failed(-1, 69, found.text))
+        else:
+            say(f"distbp: {found.text}")
 
     def _end_stuck(self) -> None:
         """End workers that make no progress: ask for their stacks first, and kill them a moment later."""
@@ -172,19 +187,7 @@ class JobKeeper(ABC):
         for found in stuck:
             worker = self._workers[found.rank]
             if worker.verdict is None:
-                worker.verdict = f"stuck for {found.seconds:.0f} s in {found.phase}"
-                worker.dump_stacks()
-                self.event(
-                    "E_STUCK_WORKER",
-                    rank=found.rank,
-                    host=worker.host,
-                    pid=worker.pid,
-                    phase=found.phase,
-                    seconds=round(found.seconds, 1),
-                    action="kill",
-                )
-                time.sleep(_STACKS_S)
-                worker.end()
+                end_stuck(worker, found, self.event)
 
     def _stop_at_once(self, number: int) -> None:
         """End the job without another step."""
@@ -281,11 +284,7 @@ class JobKeeper(ABC):
             self._refuse_unequal(sorted(self.state.left)[0])
             return
         if differing := compare_plans(call.plan, plan):
-            text = (
-                f"worker {rank} brought another plan than the first worker: {differing}; "
-                "every worker must run the same script with the same options, data, NumPy, BLAS kernel "
-                "(OPENBLAS_CORETYPE) and CPU features (NPY_DISABLE_CPU_FEATURES)"
-            )
+            text = describe_difference(rank, differing)
             self.handle(coordinator.Failed(rank, 78, text))
             return
         call.joined.add(rank)
@@ -383,7 +382,7 @@ class JobKeeper(ABC):
             if call is not None:
                 call.memory.park(action.attempt)
         elif isinstance(action, coordinator.Start):
-            self._workers[action.rank] = self.start_worker(action.rank)
+            self._pending_starts.append((time.monotonic() + action.after_s, action.rank))
         elif isinstance(action, coordinator.End):
             self._message = action.message
         else:

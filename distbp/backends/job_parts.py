@@ -5,17 +5,21 @@ A backend implements the two protocols; `job_keeper.py` drives them and knows no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from distbp.arena import Arena
 from distbp.backends.base import Admission, Plan
-from distbp.backends.hang_watch import Glance
+from distbp.backends.hang_watch import Glance, Stuck
 from distbp.job import PHASES, SLOW_PHASES
 from distbp.run_directory import RunDirectory
 
-__all__ = ["Call", "HostMemory", "WorkerLink", "look_at"]
+__all__ = ["Call", "HostMemory", "WorkerLink", "end_stuck", "look_at"]
+
+_STACKS_S = 0.3
+"""Seconds that a stuck worker gets to write its stacks."""
 
 
 class WorkerLink(Protocol):
@@ -110,3 +114,20 @@ def look_at(arena: Arena) -> dict[int, Glance]:
         units, phase = arena.progress_of(worker)
         glances[worker] = Glance(units, PHASES[phase], phase in SLOW_PHASES)
     return glances
+
+
+def end_stuck(worker: WorkerLink, found: Stuck, say_event: Callable[..., None]) -> None:
+    """Let a stuck worker write its stacks, say so, and kill it a moment later."""
+    worker.verdict = f"stuck for {found.seconds:.0f} s in {found.phase}"
+    worker.dump_stacks()
+    say_event(
+        "E_STUCK_WORKER",
+        rank=found.rank,
+        host=worker.host,
+        pid=worker.pid,
+        phase=found.phase,
+        seconds=round(found.seconds, 1),
+        action="kill",
+    )
+    time.sleep(_STACKS_S)
+    worker.end()

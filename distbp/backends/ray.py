@@ -48,6 +48,7 @@ _VERDICT_S = 5.0
 """Seconds that Ray gets to notice the end of an actor whose connection broke."""
 
 _LAST_WORDS_S = 1.0
+_NODE_S = 600.0
 NODE_LOST = "node lost"
 
 _NEVER_RAN = "cancelled before it started running"
@@ -63,8 +64,6 @@ class RayJob(JobKeeper):
     """
 
     backend = "ray"
-    give_up_s = 600.0
-    """A node that was lost may take that long to come back, or to be stood in for."""
 
     def __init__(
         self,
@@ -138,6 +137,10 @@ class RayJob(JobKeeper):
     def open_memory(self, plan: Plan) -> RayMemory:
         """Make the arenas of a new call, one on each host."""
         return RayMemory(plan, self.host_sizes, self._keepers, self.state.attempt)
+
+    def give_up_s(self, join_timeout_s: float) -> float:
+        """Return 10 minutes or more: a node that was lost may take that long to be there again."""
+        return max(super().give_up_s(join_timeout_s), _NODE_S)
 
     def check_run_directory(self, call: Call, rank: int) -> None:
         """Refuse a run directory that rank 0, or any worker of a script, cannot see."""
