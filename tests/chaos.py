@@ -18,8 +18,10 @@ A run is started, and again and again something happens to it, drawn from a seed
 Each start has another number of workers.  Between two faults training must go on.  When the run has reached
 its last step, parameters and state must have the bits of a run in one process that nothing happened to, every
 sample must have been taken once per epoch, and nothing may be left: processes, files in /dev/shm or /tmp,
-temporary checkpoints, descriptors of the launching process.  Then the next run begins, until the time is over
-and the last one has ended.  Whatever is not as it should be ends the program with 1, and with what was said.
+temporary checkpoints, descriptors of the launching process.  (MPICH leaves files when a job is aborted, some
+of them where launch/mpirun.sh does not clean up; those are counted.)  Then the next run begins, until the
+time is over and the last one has ended.  Whatever is not as it should be ends the program with 1, and with
+what was said.
 
 The table at the end: how often each thing happened, and median and worst seconds from it to the first word
 about it, and to the next step of training.  For a worker that is replaced the second ends when all were
@@ -199,13 +201,12 @@ class Chaos:
     def check_descriptors(self):
         """Fail if the launching process has more descriptors than at its first quiet moment."""
         pid = self.world.launching_process()
-        held = None if pid is None else descriptors(pid)
+        held = None if pid is None else descriptors(pid, self.world.counts_sockets)
         if held is None:
             return
         if self._held is None:
             self._held = held
-        allowed = self._held + self.world.descriptors_may_vary()
-        self.must(held <= allowed, f"the launching process has {held} descriptors, had {self._held}")
+        self.must(held <= self._held, f"the launching process has {held} descriptors, had {self._held}")
 
     def check_nothing_left(self):
         """Fail if a job that has ended left a process or a file."""
@@ -502,6 +503,8 @@ def soak(arguments):
     print_table(chaos.figures)
     faults = sum(map(len, chaos.figures.values()))
     bits = problem or "all with the bits of the undisturbed one, nothing left behind"
+    if world.not_ours:
+        print(f"\nLeft by MPICH where launch/mpirun.sh does not clean up: {len(world.not_ours)} files")
     print(f"\nseed {arguments.seed}: {faults} faults in {chaos.starts} starts of {chaos.runs} runs, {bits}")
     if arguments.json:
         report = {"where": arguments.where, "seed": arguments.seed, "runs": chaos.runs, "problem": problem}

@@ -384,6 +384,17 @@ def test_a_killed_node_comes_back(nodes, hosts, running, undisturbed):
     assert "E_LOST_WORKER" in run.log.read_text()
 
 
+def test_a_node_that_dies_while_its_worker_is_replaced(nodes, hosts, running, undisturbed):
+    """A replacement that Ray gives up because its node has just died is started again."""
+    run = running(5)
+    os.kill(pids(hosts, "host2", "RayWorker")[0], signal.SIGKILL)
+    wait_until(lambda: "E_LOST_WORKER" in run.log.read_text())
+    hosts.kill("host2")
+    hosts.restart("host2")
+    nodes.start("host2")
+    run.ends_as(undisturbed)
+
+
 def test_a_killed_driver_takes_its_actors_along(hosts, running):
     """After `kill -9` of the driver no worker and no keeper is left within ten seconds."""
     run = running(5)
