@@ -17,7 +17,7 @@ from distbp.backends.base import Seat, host_ranks
 from distbp.errors import DistbpError
 from distbp.evaluation import num_batches, summary, write_row
 from distbp.fault_points import FaultPoints
-from distbp.job import EVALUATE, SAMPLES, SAVING, SKIPPED, Job, epoch_ends_at, epoch_of
+from distbp.job import EVALUATE, SAMPLES, SAVING, SCALARS, SKIPPED, Job, epoch_ends_at, epoch_of
 from distbp.metrics.progress import Progress
 from distbp.metrics.records import Records
 from distbp.partition import split_range
@@ -32,7 +32,10 @@ Array = NDArray[Any]
 
 
 class AfterStep:
-    """One worker's part of what follows a step; `records`, `progress` and `saver` exist on rank 0 only."""
+    """One worker's part of what follows a step; `records`, `progress` and `saver` exist on rank 0 only.
+
+    `views` are those of the parameters that are evaluated, for both generations.
+    """
 
     def __init__(
         self, seat: Seat, job: Job, views: list[list[Array]], check: StateCheck, faults: FaultPoints
@@ -97,7 +100,7 @@ class AfterStep:
         validation = next((e for e in reversed(history) if e["kind"] == "validation"), None)
         median = statistics.median(durations) if durations else None
         tensors = state.named_tensors(self.arena, job, step)
-        parameters = [array for name, array in tensors.items() if name.startswith("parameters/")]
+        model = [array for name, array in tensors.items() if name.startswith(("parameters/", "statistics/"))]
         return {
             "status": "stopped" if stopped else "done",
             "exit_code": 75 if stopped else 0,
@@ -105,7 +108,7 @@ class AfterStep:
             "epochs": epoch_of(step, len(job.train), job.batch_size),
             "samples": int(scalars[SAMPLES]),
             "seed": job.seed,
-            "parameters_sha256": checkpoint.parameters_sha256(parameters),
+            "parameters_sha256": checkpoint.parameters_sha256(model),
             "state_sha256": checkpoint.state_sha256(tensors),
             "train_loss": next((e["loss"] for e in reversed(history) if e["kind"] == "train"), None),
             "validation": validation and {key: validation[key] for key in ("loss", "accuracy")},
@@ -145,6 +148,7 @@ class AfterStep:
         assert job.validation is not None, "nothing to evaluate"
         arena.progress(EVALUATE)
         job.network.use(self.views[step & 1])
+        job.network.use_statistics(arena.scalars(step)[SCALARS:])
         count = num_batches(job.validation)
         rows = arena.evaluation
         arena.barrier.wait()
@@ -155,7 +159,8 @@ class AfterStep:
         if transport is not None and seat.local_rank == 0:
             self._gather_rows(transport, count)
         arena.barrier.wait()
-        return summary(tree_total(rows[:count, :3]), len(job.validation), job.network.loss.kind)
+        loss = job.network.loss
+        return summary(tree_total(rows[:count, :3]), loss.answers * len(job.validation), loss.kind)
 
     def _gather_rows(self, transport: Transport, count: int) -> None:
         """Swap the rows of this host for those of the others."""

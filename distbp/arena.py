@@ -68,6 +68,9 @@ RELOAD = -2
 """Stands for the `source` of an attempt that begins from the newest checkpoint: the state was corrupted."""
 
 _PAGE = 4096
+_EVALUATION_COLUMNS = 8
+"""A row of sums is a cache line."""
+
 _DIGEST_BYTES = 32
 _COMMITTED, _DONE, _STOP, _SOURCE, _SAVED, _BUCKET, _CHECKED = range(8, 15)
 """Places of the 64-bit control words, behind the 32-bit words that the barrier uses; `_CHECKED` are two."""
@@ -114,7 +117,7 @@ class ArenaLayout:
             position = round_up(position + size, 64 if size < _PAGE else _PAGE)
 
         add("sums", "f8", self.sums)
-        add("evaluation", "f8", self.evaluation_rows, self.tail)
+        add("evaluation", "f8", self.evaluation_rows, _EVALUATION_COLUMNS)
         for worker, count in enumerate(self.blocks):
             add(f"tails/{worker}", "f8", count, self.tail)
         for generation in (0, 1):

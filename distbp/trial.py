@@ -70,6 +70,7 @@ def _trial_gradient(seat: Seat, job: Job, parameters: Sequence[Array]) -> Array:
     trial = MicroBatchSum(0, 1, [vector])
     indices = job.order.indices(0, job.micro_batch)
     x, y = job.train.batch(indices)
+    job.change(x[None], 0, 0)
     job.network.use(parameters)
     job.network.send_gradients_to(lambda p, leaf: trial.collect(p.offset, p.shape, leaf))
     job.network.loss_and_gradient(x[None], y[None], Context(True, job.seed, 0, 0))

@@ -424,6 +424,10 @@ translate() {
             *) if [ "$its_code" != - ]; then code=$its_code; elif [ "$code" -le 192 ] || [ "$evidence" != - ]; then code=69; fi ;;
         esac
     fi
+    # The run has begun before, so a launcher that fails without a word from any rank has not reached all hosts.
+    if [ "$starts" -gt 1 ] && [ "$evidence$its_code" = -- ]; then
+        case $code in 1 | 19[3-9] | 2[0-5]?) code=69 ;; esac
+    fi
     if [ "$code" = 75 ] && [ "$first_signal" = INT ]; then code=130; fi
     if [ "$code" = 69 ] && [ "$launchers" != 69 ]; then say "the launcher ended with $launchers, but a rank was killed or lost"; fi
 }

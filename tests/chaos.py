@@ -1,6 +1,6 @@
 """Disturb runs at random for some minutes, and compare how they end: `make chaos [MINUTES=10] [WHERE=local]`.
 
-    python -m tests.chaos [--where local|mpirun|ray] [--minutes M] [--seed S] [--kinds KIND ...] [--json FILE]
+    python -m tests.chaos [--where local|mpirun|ray] [--minutes M] [--faults N] [--seed S] [--kinds KIND ...]
 
 A run is started, and again and again something happens to it, drawn from a seed that is printed:
 
@@ -76,7 +76,8 @@ class Chaos:
         self.world = world
         self.rng = random.Random(arguments.seed)
         self.kinds = [kind for kind in world.kinds if not arguments.kinds or kind in arguments.kinds]
-        self.until = time.monotonic() + 60 * arguments.minutes
+        self.until = time.monotonic() + 60 * (arguments.minutes if arguments.faults is None else 10_000)
+        self.faults_left = arguments.faults
         self.steps = arguments.steps
         self.figures = {}
         self.runs = self.starts = 0
@@ -89,7 +90,7 @@ class Chaos:
 
     def go(self):
         """Disturb run after run until the time is over and the last one has ended."""
-        while time.monotonic() < self.until:
+        while not self.is_over():
             self.out = self.world.disk / f"run-{self.runs}"
             self.start()
             while self.may_disturb():
@@ -110,7 +111,11 @@ class Chaos:
         time.sleep(self.rng.uniform(0.1, 1.5))
         if self.ended():
             return False
-        return time.monotonic() < self.until and last_step(self.out) < self.steps - LAST_STEPS
+        return not self.is_over() and last_step(self.out) < self.steps - LAST_STEPS
+
+    def is_over(self):
+        """Return whether enough has happened."""
+        return self.faults_left == 0 or time.monotonic() >= self.until
 
     def disturb(self):
         """Let the next thing happen."""
@@ -123,6 +128,8 @@ class Chaos:
         if measured is None:
             return
         what, seen, back = measured
+        if self.faults_left is not None:
+            self.faults_left -= 1
         self.figures.setdefault(kind, []).append((seen, back))
         seconds = after(", noticed after", seen) + after(", back in step after", back)
         say(f"step {step}: {kind}: {what}{seconds}")
@@ -531,6 +538,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--where", choices=["local", "mpirun", "ray"], default="local")
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--faults", type=int, help="so many faults, however long that takes")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--steps", type=int, default=12_000, help="of each run")
     parser.add_argument("--kinds", nargs="+", help="only these faults")
@@ -539,7 +547,8 @@ def main():
     arguments = parser.parse_args()
     if INSIDE not in os.environ:
         return live_apart(arguments)
-    print(f"seed {arguments.seed}, {arguments.where}, {arguments.minutes:g} minutes", flush=True)
+    length = f"{arguments.minutes:g} minutes" if arguments.faults is None else f"{arguments.faults} faults"
+    print(f"seed {arguments.seed}, {arguments.where}, {length}", flush=True)
     return soak(arguments)
 
 

@@ -79,7 +79,7 @@ class Progress:
         weight = scalars[EPOCH_WEIGHT]
         train: dict[str, Any] = {"loss": float(scalars[EPOCH_LOSS] / weight) if weight else None}
         if job.network.loss.kind == "classification":
-            seen = max(1.0, self._epoch_samples(step))
+            seen = max(1.0, self._epoch_samples(step) * job.network.loss.answers)
             train["accuracy"] = float(scalars[EPOCH_CORRECT] / seen)
         records.metric({"kind": "train"} | common | train)
         if validation is not None:
