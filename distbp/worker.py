@@ -226,7 +226,8 @@ class Worker:
         self.arena.barrier.wait()
         self.step = self.arena.committed
         self._faults.reach(self.step, "start")
-        compare_gradients(self.seat, job, self._views[self.step & 1], self._transport)
+        views = self._views[self.step & 1]
+        compare_gradients(self.seat, job, self.step, views, self._transport, self.check)
         job.network.send_gradients_to(self._collect)
         if self.seat.rank == 0:
             if arena.source == RELOAD:
