@@ -45,6 +45,8 @@ RAY = "tests/ray/test_ray_backend.py::"
 CRASH = "tests/checkpoint/test_checkpoint_crash.py::"
 DAMAGE = "tests/checkpoint/test_checkpoint_damage.py::"
 SAVING = "tests/checkpoint/test_saving_runs.py::"
+DIVERGENCE = "tests/backends/test_divergence.py::"
+VERIFY = "tests/test_verify.py::"
 TRAINER = "tests/test_trainer.py::"
 INPUT = "tests/test_bad_input.py::"
 TCP = "tests/transports/test_tcp_faults.py::"
@@ -270,6 +272,10 @@ ROWS = (
             f"{TRAINER}test_one_poisoned_step_is_skipped",
             f"{TRAINER}test_a_model_that_diverges_says_where",
             f"{TRAINER}test_broken_parameters_are_never_saved",
+            f"{DIVERGENCE}test_local_workers_decide_alike",
+            f"{DIVERGENCE}test_ranks_decide_alike",
+            f"{DIVERGENCE}test_hosts_decide_alike",
+            f"{DIVERGENCE}test_actors_decide_alike",
         ),
     ),
     Row(
@@ -280,6 +286,8 @@ ROWS = (
             f"{LOCAL}test_a_worker_with_another_kernel_is_refused",
             f"{SCRIPT}test_a_rank_that_differs_is_named",
             f"{MPI}test_ranks_that_differ_are_refused",
+            "tests/mpi/test_mpi_hosts.py::test_a_host_with_another_file_is_refused",
+            "tests/test_trial.py::test_other_bits_are_found_before_the_first_step",
         ),
     ),
     Row(
@@ -290,6 +298,26 @@ ROWS = (
             "tests/data/test_bad_data.py::test_truncated_anywhere",
             "tests/data/test_bad_data.py::test_any_bytes_end_in_an_error_of_ours",
             f"{TRAINER}test_data_that_are_not_finite_are_refused",
+        ),
+    ),
+    Row(
+        "B10",
+        "bits that change in memory",
+        (
+            f"{VERIFY}test_every_single_bit_flip_changes_one_checksum",
+            f"{VERIFY}test_flips_in_processes_are_found_and_undone",
+            f"{VERIFY}test_hosts_that_differ_are_found_before_the_next_save",
+            "tests/mpi/test_mpi_memory.py::test_the_script_starts_again",
+            "tests/mpi/test_mpi_memory.py::test_a_host_is_named_where_it_can_be",
+            f"{RAY}test_a_corrupted_state_is_given_up_on_every_node",
+            "tests/test_recovery_model.py::test_every_interleaving_ends_well",
+        ),
+        (
+            Command(
+                ("tests.flips_memory", "--parts", "1", "--count"),
+                200,
+                r"found (?P<survived>\d+) of (?P<cases>\d+) flips",
+            ),
         ),
     ),
     Row(
@@ -338,7 +366,6 @@ NOT_YET = {
     "A16": "a port that is taken",
     "A17": "a rank that is missing at the start",
     "A18": "restarts counted over several starts",
-    "B10": "bits that change in memory",
 }
 """Faults that have no row yet: what is not built, or not tested."""
 
