@@ -9,10 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["OUT_OF_MEMORY", "cpu_quota", "memory_bytes", "oom_kills"]
-
-OUT_OF_MEMORY = "out of memory"
-"""What messages call the end of a process that the kernel killed to get memory."""
+__all__ = ["cpu_quota", "memory_bytes", "oom_kills"]
 
 
 def cpu_quota(process: Path = Path("/proc/self")) -> float | None:

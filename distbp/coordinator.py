@@ -35,10 +35,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from distbp.arena import EMPTY, RELOAD
-from distbp.cgroups import OUT_OF_MEMORY
 
 __all__ = [
     "GOOD_STEPS",
+    "OUT_OF_MEMORY",
     "Action",
     "Broken",
     "Corrupted",
@@ -63,6 +63,9 @@ GOOD_STEPS = 20
 
 _SAME_STEP_LIMIT = 3
 _FIRST_BACK_OFF_S, _MOST_BACK_OFF_S = 0.1, 10.0
+
+OUT_OF_MEMORY = "out of memory"
+"""The cause of a loss when the kernel killed a worker to get memory."""
 
 _CURE = "look for the cause in RUN/logs before running again"
 _CURES = {

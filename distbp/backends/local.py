@@ -21,7 +21,8 @@ from distbp.backends.hang_watch import Glance
 from distbp.backends.job_keeper import JobKeeper
 from distbp.backends.job_parts import Call, WorkerLink, look_at
 from distbp.backends.local_process import WorkerProcess
-from distbp.cgroups import OUT_OF_MEMORY, oom_kills
+from distbp.cgroups import oom_kills
+from distbp.coordinator import OUT_OF_MEMORY
 from distbp.errors import EnvironmentMismatch
 from distbp.run_directory import RunDirectory
 
