@@ -154,7 +154,7 @@ def test_a_cut_link_ends_the_script(hosts, flavour, tmp_path):
 
 @pytest.mark.parametrize("flavour", ["mpich", "openmpi"])
 def test_a_killed_launcher_is_a_loss_on_all_hosts(hosts, flavour, tmp_path):
-    """After kill -9 of mpirun itself the answer is 69, whatever the ranks could still say, and none is left."""
+    """After kill -9 of mpirun itself the answer is 69, whatever ranks could still say, and none is left."""
     job = HostsJob(hosts, flavour, 1, tmp_path / "run")
     try:
         names = ("mpirun", "mpiexec", "mpiexec.hydra", "prterun")
