@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from distbp import checkpoint, state
@@ -17,9 +19,10 @@ from distbp.backends.base import Seat, host_ranks
 from distbp.errors import DistbpError
 from distbp.evaluation import num_batches, summary, write_row
 from distbp.fault_points import FaultPoints
-from distbp.job import EVALUATE, SAMPLES, SAVING, SKIPPED, Job, epoch_ends_at, epoch_of
+from distbp.job import EVALUATE, SAMPLES, SAVING, SCALARS, SKIPPED, Job, epoch_ends_at, epoch_of
 from distbp.metrics.progress import Progress
 from distbp.metrics.records import Records
+from distbp.metrics.stragglers import WINDOW, Stragglers
 from distbp.partition import split_range
 from distbp.reduce import tree_total
 from distbp.saver import Saver
@@ -32,7 +35,10 @@ Array = NDArray[Any]
 
 
 class AfterStep:
-    """One worker's part of what follows a step; `records`, `progress` and `saver` exist on rank 0 only."""
+    """One worker's part of what follows a step; `records`, `progress` and `saver` exist on rank 0 only.
+
+    `views` are those of the parameters that are evaluated, for both generations.
+    """
 
     def __init__(
         self, seat: Seat, job: Job, views: list[list[Array]], check: StateCheck, faults: FaultPoints
@@ -43,6 +49,8 @@ class AfterStep:
         self.views = views
         self.check = check
         self._faults = faults
+        ranges = [split_range(job.micro_batches, seat.size, rank) for rank in range(seat.size)]
+        self._stragglers = Stragglers([last - first for first, last in ranges])
         if seat.rank == 0:
             self.records = Records(seat.admission.out)
             self.progress = Progress(job, seat)
@@ -66,6 +74,27 @@ class AfterStep:
         """Return whether the time between two saves is over (rank 0); ends a run that cannot save."""
         self.arena.saved = self.saver.saved_step
         return self.saver.is_due()
+
+    def watch_stragglers(self, step: int, transport: Transport | None) -> None:
+        """Note how long workers computed in this step; called by the first worker of every host."""
+        if self.seat.size == 1:
+            return
+        self._stragglers.add(self.arena.computed())
+        if step % WINDOW != WINDOW - 1:
+            return
+        medians = self._stragglers.take_medians()
+        if transport is not None:
+            everybody = [np.empty(size) for size in self.seat.host_sizes]
+            transport.allgather(medians, everybody)
+            medians = np.concatenate(everybody)
+        if self.seat.rank == 0:
+            for found in self._stragglers.judge(medians):
+                self.progress.say(
+                    f"distbp: W_STRAGGLER rank={found.rank} compute_ms={found.seconds * 1e3:.1f} "
+                    f"others_ms={found.others * 1e3:.1f} cost_s={found.cost:.1f}: the others wait for it in "
+                    "every step; look at what else runs on its host, and at its processor limit"
+                )
+                self.seat.report({"kind": "straggler", "step": step + 1} | asdict(found))
 
     def finish(self, step: int, *, save: bool, stop: bool, transport: Transport | None) -> None:
         """Evaluate, record and save what is due at `step`, or asked for; then say that it is done."""
@@ -97,7 +126,7 @@ class AfterStep:
         validation = next((e for e in reversed(history) if e["kind"] == "validation"), None)
         median = statistics.median(durations) if durations else None
         tensors = state.named_tensors(self.arena, job, step)
-        parameters = [array for name, array in tensors.items() if name.startswith("parameters/")]
+        model = [array for name, array in tensors.items() if name.startswith(("parameters/", "statistics/"))]
         return {
             "status": "stopped" if stopped else "done",
             "exit_code": 75 if stopped else 0,
@@ -105,7 +134,7 @@ class AfterStep:
             "epochs": epoch_of(step, len(job.train), job.batch_size),
             "samples": int(scalars[SAMPLES]),
             "seed": job.seed,
-            "parameters_sha256": checkpoint.parameters_sha256(parameters),
+            "parameters_sha256": checkpoint.parameters_sha256(model),
             "state_sha256": checkpoint.state_sha256(tensors),
             "train_loss": next((e["loss"] for e in reversed(history) if e["kind"] == "train"), None),
             "validation": validation and {key: validation[key] for key in ("loss", "accuracy")},
@@ -145,6 +174,7 @@ class AfterStep:
         assert job.validation is not None, "nothing to evaluate"
         arena.progress(EVALUATE)
         job.network.use(self.views[step & 1])
+        job.network.use_statistics(arena.scalars(step)[SCALARS:])
         count = num_batches(job.validation)
         rows = arena.evaluation
         arena.barrier.wait()
@@ -155,7 +185,8 @@ class AfterStep:
         if transport is not None and seat.local_rank == 0:
             self._gather_rows(transport, count)
         arena.barrier.wait()
-        return summary(tree_total(rows[:count, :3]), len(job.validation), job.network.loss.kind)
+        loss = job.network.loss
+        return summary(tree_total(rows[:count, :3]), loss.answers * len(job.validation), loss.kind)
 
     def _gather_rows(self, transport: Transport, count: int) -> None:
         """Swap the rows of this host for those of the others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 from typing import Any
 
-from distbp.data import ArrayDataset, load, prepare
+from distbp.data import ArrayDataset, Options, load, prepare
 from distbp.trainer import membership
 
 __all__ = ["load_data", "print", "rank", "size"]
@@ -16,17 +16,19 @@ def load_data(
     *,
     target: str | None = None,
     validation_fraction: float = 0.1,
-    split: str = "random",
+    split: str = "auto",
     normalize: str = "auto",
     seed: int = 0,
+    **options: Any,
 ) -> tuple[ArrayDataset, ArrayDataset | None]:
     """Return training and validation data of a file, a directory or a built-in name such as "digits".
 
-    The arguments mean what the keys of the table `[data]` mean; errors are those of `distbp train`.  Numbers
-    to predict come normalised, too: pass `normalize="none"` to keep their unit.
+    The arguments mean what the keys of the table `[data]` mean, `options` those that only some formats have;
+    errors are those of `distbp train`.  Numbers to predict come normalised, too: pass `normalize="none"` to
+    keep their unit.
     """
     prepared = prepare(
-        load(path, target=target),
+        load(path, target=target, options=Options(**options)),
         validation_fraction=validation_fraction,
         split=split,
         normalize=normalize,

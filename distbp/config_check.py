@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from msgspec import inspect
 
-from distbp.config_schema import Config
+from distbp.config_schema import OPTIONS_OF, Config, Optimizer
 
 __all__ = [
     "Key",
@@ -249,19 +249,42 @@ def conflicts(config: Config) -> list[tuple[tuple[str, ...], str]]:
     if optimizer.nesterov and optimizer.momentum == 0:
         message = "expected a momentum > 0 with optimizer.nesterov = true, got 0.0"
         found.append((("optimizer.momentum", "optimizer.nesterov"), message))
-    if loss.name == "mean_squared_error" and loss.label_smoothing:
-        message = f"expected 0 with loss.name = 'mean_squared_error', got {loss.label_smoothing!r}"
+    if loss.name not in ("auto", "cross_entropy") and loss.label_smoothing:
+        message = f"expected 0 with loss.name = {loss.name!r}, got {loss.label_smoothing!r}"
         found.append((("loss.label_smoothing", "loss.name"), message))
-    if loss.name == "mean_squared_error" and loss.class_weights is not None:
-        message = f"expected \"none\" with loss.name = 'mean_squared_error', got {shown(loss.class_weights)}"
+    if loss.name not in ("auto", "cross_entropy") and loss.class_weights is not None:
+        message = f'expected "none" with loss.name = {loss.name!r}, got {shown(loss.class_weights)}'
         found.append((("loss.class_weights", "loss.name"), message))
+    if loss.name != "huber" and loss.delta is not None:
+        message = f"expected \"none\" unless loss.name = 'huber', got {loss.delta!r}"
+        found.append((("loss.delta", "loss.name"), message))
     if loss.class_weights is not None and not any(loss.class_weights):
         found.append((("loss.class_weights",), "expected at least one weight above 0, got zeros only"))
-    hidden = config.model.hidden
+    found += _misplaced_options(optimizer)
+    if config.schedule.warmup_epochs is not None and config.schedule.warmup_steps:
+        message = f"expected steps or epochs, got both, {config.schedule.warmup_steps} steps and these"
+        found.append((("schedule.warmup_epochs", "schedule.warmup_steps"), message))
+    hidden = config.model.hidden or ()
     num_parameters = sum(rows * columns for rows, columns in pairwise(hidden))
     if num_parameters > _PARAMETER_LIMIT:
         message = f"expected at most {_PARAMETER_LIMIT} weights between hidden layers, got {num_parameters}"
         found.append((("model.hidden",), message))
+    return found
+
+
+def _misplaced_options(optimizer: Optimizer) -> list[tuple[tuple[str, ...], str]]:
+    """Return the options that were given to an update rule which has no use for them."""
+    every = sorted({option for options in OPTIONS_OF.values() for option in options})
+    found: list[tuple[tuple[str, ...], str]] = []
+    for option in every if optimizer.name != "auto" else ():
+        value = getattr(optimizer, option)
+        if value is None or value is False or option in OPTIONS_OF[optimizer.name]:
+            continue
+        fitting = ", ".join(name for name, options in OPTIONS_OF.items() if option in options)
+        message = (
+            f"optimizer.name = {optimizer.name!r} has no such option, got {value!r}; it is for {fitting}"
+        )
+        found.append(((f"optimizer.{option}", "optimizer.name"), message))
     return found
 
 

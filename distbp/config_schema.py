@@ -17,7 +17,18 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-__all__ = ["Checkpoint", "Config", "Data", "Loss", "Model", "Optimizer", "Run", "Schedule", "Train"]
+__all__ = [
+    "OPTIONS_OF",
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Loss",
+    "Model",
+    "Optimizer",
+    "Run",
+    "Schedule",
+    "Train",
+]
 
 # Upper limits are far above any sensible run; they exist so that a slip such as 10^9 layers is refused at
 # once and not found by the memory allocator.
@@ -55,36 +66,142 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         BelowOne, Meta(description="share of the samples kept for validation; 0: no validation")
     ] = 0.1
     split: Annotated[
-        Literal["random", "tail"],
-        Meta(description="which samples are kept for validation: drawn by the seed, or the last ones"),
-    ] = "random"
-    normalize: Annotated[
-        Literal["auto", "none", "global", "feature"],
+        Literal["auto", "random", "tail"],
         Meta(
-            description="one mean and deviation for all (global) or one per feature; auto: global for "
-            "images; numbers to predict are normalised too, except with none"
+            description="which samples are kept for validation: drawn by the seed, or the last ones; auto: "
+            "the last ones of a text, else drawn"
         ),
     ] = "auto"
+    normalize: Annotated[
+        Literal["auto", "none", "targets", "global", "feature"],
+        Meta(
+            description="one mean and deviation for all (global) or one per feature; auto: global for "
+            "images and sounds, targets for bells, else feature; numbers to predict are normalised too, "
+            "except with none, and nothing else with targets"
+        ),
+    ] = "auto"
+    categories: Annotated[
+        Literal["auto", "one_hot", "codes"],
+        Meta(
+            description="table: a column of texts is one feature for each text (one_hot), or one of numbers "
+            "that stand for them; auto: codes with the model tabular, else one_hot"
+        ),
+    ] = "auto"
+    categorical: Annotated[
+        Annotated[tuple[Text, ...], Meta(max_length=_LAYER_LIMIT)],
+        Meta(description="table: columns of numbers that are names, such as a user's, and are read as texts"),
+    ] = ()
+    samples: Annotated[
+        Count | None, Meta(description="bells: sounds to train on; a tenth as many validate; none: 20000")
+    ] = None
+    on_disk: Annotated[
+        bool | None,
+        Meta(
+            description=".npy files: leave the samples in the file and read them when they are wanted; none: "
+            "where they are larger than half of the memory"
+        ),
+    ] = None
+    shuffle: Annotated[
+        Literal["auto", "full", "block"],
+        Meta(
+            description="order of the samples: any may follow any (full), or runs of neighbours are mixed, "
+            "which a disk reads faster (block); auto: block for samples on disk"
+        ),
+    ] = "auto"
+    length: Annotated[
+        Width | None,
+        Meta(
+            description="numbers to which sound files are cut, or filled up with silence; none: all must "
+            "have one length"
+        ),
+    ] = None
+    level: Annotated[
+        Literal["byte", "char"], Meta(description="text: what a token is, a character or a byte")
+    ] = "char"
+    context: Annotated[Width, Meta(description="text: tokens in a sample, which the model sees at once")] = 64
+    stride: Annotated[
+        Width | None,
+        Meta(description="text: tokens between the beginnings of two samples; none: as many as in a sample"),
+    ] = None
+    image_size: Annotated[
+        Annotated[int, Meta(ge=1, le=4096)] | None,
+        Meta(
+            description="side in pixels of the square that image files are scaled and cut to; none: all "
+            "must have one size"
+        ),
+    ] = None
+    augment_crop: Annotated[
+        int,
+        Meta(ge=0, le=4096, description="pixels by which an image is moved at most, at random; 0: none"),
+    ] = 0
+    augment_flip: Annotated[bool, Meta(description="mirror every second image, at random")] = False
+    augment_noise: Annotated[
+        NotNegative,
+        Meta(description="deviation of noise added to samples, in units of normalised samples; 0: none"),
+    ] = 0.0
 
 
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The function that is trained."""
 
-    name: Annotated[Literal["linear", "mlp"], Meta(description="architecture")] = "mlp"
+    name: Annotated[
+        Literal[
+            "auto",
+            "audio",
+            "cnn",
+            "gru",
+            "lenet",
+            "linear",
+            "lstm",
+            "mlp",
+            "resnet20",
+            "resnet32",
+            "resnet56",
+            "tabular",
+            "transformer",
+        ],
+        Meta(
+            description="architecture; cnn, lenet and the resnets are for images, gru and lstm for series, "
+            "audio for sounds, tabular for tables; auto: transformer for text, audio for sounds, else mlp"
+        ),
+    ] = "auto"
     hidden: Annotated[
-        tuple[Width, ...], Meta(max_length=_LAYER_LIMIT, description="widths of the hidden layers of an mlp")
-    ] = (256, 128)
+        Annotated[tuple[Width, ...], Meta(max_length=_LAYER_LIMIT)] | None,
+        Meta(
+            description="widths of the hidden fully connected or recurrent layers; none: mlp 256, 128; lenet "
+            "120, 84; cnn 1024; gru and lstm 64; tabular 128, 64; audio 128"
+        ),
+    ] = None
     activation: Annotated[
-        Literal["gelu", "leaky_relu", "relu", "sigmoid", "tanh"],
-        Meta(description="function between the layers"),
-    ] = "relu"
+        Literal["gelu", "leaky_relu", "relu", "sigmoid", "silu", "tanh"] | None,
+        Meta(description="function between the layers of an mlp; none: relu"),
+    ] = None
+    layers: Annotated[
+        Annotated[int, Meta(ge=1, le=_LAYER_LIMIT)] | None,
+        Meta(description="transformer: number of blocks; none: 4"),
+    ] = None
+    heads: Annotated[
+        Annotated[int, Meta(ge=1, le=_LAYER_LIMIT)] | None,
+        Meta(description="transformer: heads of attention in each block; none: 4"),
+    ] = None
+    width: Annotated[
+        Width | None,
+        Meta(
+            description="transformer: numbers for each token, a multiple of heads; none: 128; tabular: "
+            "numbers for each code; none: 8"
+        ),
+    ] = None
+    cross: Annotated[
+        Annotated[int, Meta(ge=0, le=16)] | None,
+        Meta(description="tabular: features in one product, 0 for no products; none: 2"),
+    ] = None
 
 
 class Loss(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is made small."""
 
     name: Annotated[
-        Literal["auto", "cross_entropy", "mean_squared_error"],
+        Literal["auto", "binary_cross_entropy", "cross_entropy", "huber", "mean_squared_error"],
         Meta(
             description="auto: cross entropy for classes, mean squared error for numbers, in units of their "
             "variance"
@@ -97,18 +214,58 @@ class Loss(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Annotated[tuple[NotNegative, ...], Meta(min_length=1, max_length=_CLASS_LIMIT)] | None,
         Meta(description="weight of each class in the loss (cross entropy only); none: all 1"),
     ] = None
+    delta: Annotated[
+        Positive | None,
+        Meta(
+            description="huber: error up to which the loss is a square, in deviations of the targets; none: 1"
+        ),
+    ] = None
 
 
 class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the mean gradient changes the parameters."""
 
-    name: Annotated[Literal["sgd"], Meta(description="update rule")] = "sgd"
-    lr: Annotated[Positive, Meta(description="learning rate at the peak of the schedule")] = 0.1
-    momentum: Annotated[BelowOne, Meta(description="share of the last velocity that is kept; 0: none")] = 0.9
-    nesterov: Annotated[bool, Meta(description="look ahead along the velocity; needs momentum")] = False
+    name: Annotated[
+        Literal["auto", "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd"],
+        Meta(
+            description="update rule; auto: adamw for the transformer, adam for tabular and audio, else sgd"
+        ),
+    ] = "auto"
+    lr: Annotated[
+        Positive | None,
+        Meta(
+            description="learning rate at the peak of the schedule; none: the update rule's own, but for sgd "
+            "0.01 with cnn and 0.03 with lenet"
+        ),
+    ] = None
+    momentum: Annotated[
+        BelowOne | None, Meta(description="share of the last velocity that is kept; 0: none")
+    ] = None
+    nesterov: Annotated[bool, Meta(description="sgd: look ahead along the velocity; needs momentum")] = False
     weight_decay: Annotated[
-        NotNegative, Meta(description="factor of the parameters added to the gradient")
-    ] = 0.0
+        NotNegative | None,
+        Meta(description="factor by which the parameters pull towards 0; how is a matter of the update rule"),
+    ] = None
+    beta1: Annotated[
+        BelowOne | None, Meta(description="share of the old mean gradient that is kept (adam and its kin)")
+    ] = None
+    beta2: Annotated[
+        BelowOne | None, Meta(description="share of the old mean square (lion: momentum) that is kept")
+    ] = None
+    epsilon: Annotated[
+        Positive | None, Meta(description="added to what is divided by, so that it is never 0")
+    ] = None
+    trust: Annotated[
+        Positive | None,
+        Meta(description="lars: learning rate of a tensor, in units of its norm by its gradient's"),
+    ] = None
+    average: Annotated[
+        BelowOne | None,
+        Meta(
+            description="share kept by a moving average of the parameters, which then validates and "
+            "predicts; none: no average"
+        ),
+    ] = None
     clip_norm: Annotated[
         Positive | None,
         Meta(
@@ -116,6 +273,19 @@ class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "numbers, no limit for classes"
         ),
     ] = None
+
+
+OPTIONS_OF = {
+    "adagrad": ("epsilon", "weight_decay"),
+    "adam": ("beta1", "beta2", "epsilon", "weight_decay"),
+    "adamw": ("beta1", "beta2", "epsilon", "weight_decay"),
+    "lamb": ("beta1", "beta2", "epsilon", "weight_decay"),
+    "lars": ("momentum", "trust", "weight_decay"),
+    "lion": ("beta1", "beta2", "weight_decay"),
+    "rmsprop": ("beta2", "epsilon", "momentum", "weight_decay"),
+    "sgd": ("momentum", "nesterov", "weight_decay"),
+}
+"""Update rule -> the keys of `[optimizer]` that mean something to it, besides lr, clip_norm and average."""
 
 
 class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,6 +298,18 @@ class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     warmup_steps: Annotated[
         CountOrZero, Meta(description="steps during which the learning rate rises linearly to lr")
     ] = 0
+    warmup_epochs: Annotated[
+        NotNegative | None,
+        Meta(description="the same in epochs, in place of steps; none: 5 with linear scaling"),
+    ] = None
+    scaling: Annotated[
+        Literal["none", "linear"],
+        Meta(
+            description="linear: lr is meant for scaling_batch samples and grows with batch_size; the "
+            "warm-up then begins at lr"
+        ),
+    ] = "none"
+    scaling_batch: Annotated[Count, Meta(description="scaling: batch size for which lr is right")] = 64
     step_size: Annotated[Count, Meta(description="step: number of steps between two reductions")] = 1000
     gamma: Annotated[float, Meta(gt=0, le=1, description="step: factor of each reduction")] = 0.1
     final_fraction: Annotated[

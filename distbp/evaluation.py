@@ -51,7 +51,7 @@ def evaluate(network: Network, dataset: Dataset) -> dict[str, float | None]:
     rows = np.zeros((num_batches(dataset), 3))
     for index, row in enumerate(rows):
         write_row(network, dataset, index, row)
-    return summary(tree_total(rows), len(dataset), network.loss.kind)
+    return summary(tree_total(rows), network.loss.answers * len(dataset), network.loss.kind)
 
 
 def predict(network: Network, dataset: Dataset) -> Iterator[Array]:
@@ -61,9 +61,9 @@ def predict(network: Network, dataset: Dataset) -> Iterator[Array]:
         yield network.forward(x, Context(training=False))[0][mask[0] > 0].copy()
 
 
-def summary(total: NDArray[np.float64], samples: int, kind: str) -> dict[str, float | None]:
-    """Turn the sums of an evaluation into means: loss by weight, accuracy by number of samples."""
+def summary(total: NDArray[np.float64], answers: int, kind: str) -> dict[str, float | None]:
+    """Turn the sums of an evaluation into means: loss by weight, accuracy by number of answers."""
     return {
         "loss": float(total[0] / total[1]) if total[1] else float("nan"),
-        "accuracy": float(total[2] / samples) if kind == "classification" else None,
+        "accuracy": float(total[2] / answers) if kind == "classification" else None,
     }

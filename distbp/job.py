@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distbp.data import Dataset, Order
+from numpy.typing import NDArray
+
+from distbp.data import Dataset, Order, Transform
 from distbp.nn import Network
 from distbp.optim import Optimizer
 
@@ -17,11 +19,13 @@ __all__ = ["SCALARS", "TAIL", "Job", "epoch_ends_at", "epoch_of"]
 
 LOSS, WEIGHT, CORRECT, STOP, SAVE = range(5)
 TAIL = 8
-"""Columns of the float64 tail that rides with the gradient; eight fill a cache line."""
+"""Columns of the float64 tail that rides with the gradient; eight fill a cache line.  Behind them come the
+statistics of the network."""
 
 SAMPLES, EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT, SKIPPED_IN_ROW, SKIPPED = range(6)
 SCALARS = 8
-"""Places in the scalar state: the sample cursor, sums since the last epoch's end, skipped steps."""
+"""Places in the scalar state: the sample cursor, sums since the last epoch's end, skipped steps.  Behind them
+come the averages of the network's statistics."""
 
 MAX_SKIPPED_IN_ROW = 3
 START, COMPUTE, REDUCE, UPDATE, EVALUATE, SAVING = range(6)
@@ -52,6 +56,8 @@ class Job:
     keep: int
     log_samples: bool
     metadata: dict[str, Any]
+    augment: tuple[Transform, ...] = ()
+    """How the samples of a micro-batch are changed before they are trained on."""
     verify_every: int = 100
     """Steps between two checks of the state in memory; 0: never."""
     overlap: bool = True
@@ -64,6 +70,17 @@ class Job:
     def micro_batches(self) -> int:
         """Return M, the number of micro-batches in a global batch."""
         return self.batch_size // self.micro_batch
+
+    @property
+    def tail(self) -> int:
+        """Return the columns of the tail, statistics included."""
+        return TAIL + self.network.statistics_layout.size
+
+    def change(self, x: NDArray[Any], step: int, first: int) -> None:
+        """Augment the samples of stacked micro-batches in place; the first of them has the number `first`."""
+        for transform in self.augment:
+            for number, micro_batch in enumerate(x, first):
+                transform(micro_batch, self.seed, step, number)
 
 
 def epoch_ends_at(step: int, samples: int, batch_size: int) -> bool:

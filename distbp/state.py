@@ -20,7 +20,7 @@ from distbp import checkpoint
 from distbp.arena import EMPTY, RELOAD, Arena
 from distbp.backends.base import Admission
 from distbp.errors import StateCorrupted
-from distbp.job import Job
+from distbp.job import SCALARS, Job
 from distbp.terminal import say
 from distbp.transports.base import Transport
 from distbp.verify import cover_state
@@ -46,6 +46,7 @@ def begin(arena: Arena, job: Job, admission: Admission) -> None:
     arena.scalars(step).fill(0)
     if snapshot is None:
         job.network.initialise(arena.vectors(0)["parameters"], job.seed)
+        job.network.begin_statistics(arena.scalars(0)[SCALARS:])
     else:
         for name, tensor in named_tensors(arena, job, step).items():
             np.copyto(tensor, snapshot.tensors[name], casting="no")
@@ -84,7 +85,13 @@ def named_tensors(arena: Arena, job: Job, step: int) -> dict[str, Array]:
         for vector, flat in arena.vectors(step).items()
         for name, view in zip(layout.names, layout.views(flat), strict=True)
     }
-    return tensors | {"scalars": arena.scalars(step)}
+    scalars = arena.scalars(step)
+    watched = job.network.statistics_layout
+    tensors |= {
+        f"statistics/{name}": view
+        for name, view in zip(watched.names, watched.views(scalars[SCALARS:]), strict=True)
+    }
+    return tensors | {"scalars": scalars[:SCALARS]}
 
 
 def _newest(admission: Admission) -> Path:

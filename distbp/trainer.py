@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from distbp import checkpoint, evaluation
 from distbp.arena import Parked
 from distbp.backends.base import CallFinished, Membership, Plan, Seat
 from distbp.backends.launcher import claim
-from distbp.data import ArrayDataset, Order, fingerprint
+from distbp.data import ArrayDataset, Order, Rows, Transform, fingerprint
 from distbp.environment import describe_environment, limit_threads
 from distbp.errors import ConfigError, DataError, DistbpError, InputMissing, Stopped
 from distbp.job import SCALARS, TAIL, Job
@@ -32,11 +32,18 @@ from distbp.nn import Layer, Loss, Network, build_loss
 from distbp.optim import SGD, Optimizer, Schedule, norm
 from distbp.partition import default_micro_batch
 from distbp.planning import (
+    Data,
+    as_dataset,
+    blocks_of,
     check_data,
+    check_kind_of_samples,
     check_metadata,
     check_saving,
+    copy_tensors,
+    describe_blocks,
     describe_layer,
     describe_options,
+    sample_type,
     too_many_workers,
 )
 from distbp.worker import Worker
@@ -44,7 +51,6 @@ from distbp.worker import Worker
 __all__ = ["History", "Trainer", "find_checkpoint", "membership", "steps_of"]
 
 Array = NDArray[Any]
-Data = ArrayDataset | tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,10 @@ class Trainer:
 
     `loss` is "cross_entropy", "mean_squared_error" or a `Loss`; `batch_size` is global, whatever the number
     of workers; `micro_batch` (default: batch_size / k, k at most 8) is the unit of work and of sameness, and
-    bounds the workers.  `lr` is the rate of the default cosine schedule; `schedule` replaces both.  `threads`
-    are BLAS threads of each worker, part of what decides about bits.
+    bounds the workers.  `lr` is the rate of the default cosine schedule (None: that of the optimizer);
+    `schedule` replaces both.  `threads` are BLAS threads of each worker, part of what decides about bits.
+    `shuffle` is "full", "block", or "auto": block for samples that are read from a disk (`data.Blocks`).
+    `augment` changes samples before they are trained on, as in `[distbp.data.Crop(4), distbp.data.Flip()]`.
     """
 
     def __init__(
@@ -99,18 +107,21 @@ class Trainer:
         *,
         loss: str | Loss = "cross_entropy",
         optimizer: Optimizer | None = None,
-        lr: float = 0.1,
+        lr: float | None = None,
         schedule: Schedule | None = None,
         clip_norm: float | None = None,
         batch_size: int = 64,
         micro_batch: int | None = None,
         seed: int = 0,
         threads: int = 1,
+        shuffle: str = "auto",
+        augment: Sequence[Transform] = (),
     ) -> None:
         self.model = model
         self.loss = build_loss(loss) if isinstance(loss, str) else loss
         self.optimizer = SGD() if optimizer is None else optimizer
-        self.schedule = Schedule(lr=lr) if schedule is None else schedule
+        peak = self.optimizer.default_lr if lr is None else lr
+        self.schedule = Schedule(lr=peak) if schedule is None else schedule
         self.clip_norm = clip_norm
         self.batch_size = batch_size
         usable = isinstance(batch_size, int) and batch_size > 0
@@ -126,8 +137,11 @@ class Trainer:
             )
         self.seed = seed
         self.threads = threads
+        self.shuffle = shuffle
+        self.augment = tuple(augment)
         self.network: Network | None = None
         self.parameters: NDArray[np.float32] | None = None
+        self.statistics: NDArray[np.float64] | None = None
 
     def fit(
         self,
@@ -162,8 +176,8 @@ class Trainer:
         `Stopped` when the run was asked to stop (its state is saved).
         """
         members = membership() if members is None else members
-        train_data = _dataset(train)
-        validation = None if val is None else _dataset(val)
+        train_data = as_dataset(train, self.model)
+        validation = None if val is None else as_dataset(val, self.model)
         limits = limit_threads(self.threads)
         try:
             plan = self.plan(
@@ -194,7 +208,7 @@ class Trainer:
                 clip_norm=self.clip_norm,
                 train=train_data,
                 validation=validation,
-                order=Order(len(train_data), self.seed),
+                order=Order(len(train_data), self.seed, blocks_of(train_data, self.shuffle)),
                 seed=self.seed,
                 batch_size=self.batch_size,
                 micro_batch=self.micro_batch,
@@ -205,6 +219,7 @@ class Trainer:
                 log_samples=log_samples,
                 overlap=overlap,
                 bucket_bytes=bucket_bytes,
+                augment=self.augment,
                 verify_every=verify_every,
                 metadata=dict(metadata or {}) | {"identity": plan.identity, "environment": plan.environment},
                 banner=(lambda job, seat: "") if banner is None else banner,
@@ -252,6 +267,12 @@ class Trainer:
             raise ConfigError(f"keep: expected at least 2, or 0 for all, got {keep!r}")
         network = self._build(train)
         check_data(network, train, validation)
+        if self.augment and self.model.takes_codes:
+            raise ConfigError(
+                "augmentation changes numbers, and the model takes codes; leave data.augment_* out"
+            )
+        for transform in self.augment:
+            transform.check(network.input_shape)
         micro_batches = self.batch_size // self.micro_batch
         if workers > micro_batches:
             raise ConfigError(too_many_workers(workers, self.batch_size, self.micro_batch))
@@ -263,6 +284,7 @@ class Trainer:
             out=None if out is None else str(Path(out).absolute()),
             resume=resume,
             identity=self._identity(network)
+            | describe_blocks(blocks_of(train, self.shuffle))
             | {
                 "train_data": fingerprint(train),
                 "validation_data": None if validation is None else fingerprint(validation),
@@ -278,10 +300,10 @@ class Trainer:
             total_steps=steps_of(epochs, len(train), self.batch_size, max_steps),
             size=network.layout.size,
             vectors=("parameters", *self.optimizer.vectors),
-            sums=len(norm.blocks(network.layout.borders())),
+            sums=len(norm.blocks(network.layout.borders())) * (1 + self.optimizer.num_sums),
             evaluation_rows=0 if validation is None else evaluation.num_batches(validation),
-            tail=TAIL,
-            scalars=SCALARS,
+            tail=TAIL + network.statistics_layout.size,
+            scalars=SCALARS + network.statistics_layout.size,
             max_restarts=max_restarts,
             config_toml=config_toml,
             environment=environment,
@@ -289,7 +311,9 @@ class Trainer:
 
     def _identity(self, network: Network) -> dict[str, Any]:
         """Return all options that decide about bits, as JSON values."""
-        return {
+        # Only where there is any, so that runs from before there was augmentation can be resumed.
+        augment = {"augment": [describe_options(part) for part in self.augment]} if self.augment else {}
+        return augment | {
             "seed": self.seed,
             "batch_size": self.batch_size,
             "micro_batch": self.micro_batch,
@@ -305,14 +329,14 @@ class Trainer:
 
     def evaluate(self, data: Data) -> dict[str, float | None]:
         """Return `{"loss", "accuracy"}` of the trained model over `data`; every worker computes it alone."""
-        dataset = _dataset(data)
-        return evaluation.evaluate(self._ready(dataset), dataset)
+        dataset = as_dataset(data, self.model)
+        return evaluation.evaluate(self._ready_for(dataset), dataset)
 
-    def predict(self, x: Array) -> Array:
+    def predict(self, x: Array | Rows) -> Array:
         """Return the outputs of the trained model, shape (N, *output_shape): logits for classes."""
-        samples = np.ascontiguousarray(x, np.float32)
+        samples: Array | Rows = x if isinstance(x, Rows) else np.ascontiguousarray(x, sample_type(self.model))
         dataset = ArrayDataset(samples, np.zeros(len(samples), np.int64))
-        return np.concatenate(list(evaluation.predict(self._ready(dataset), dataset)))
+        return np.concatenate(list(evaluation.predict(self._ready_for(dataset), dataset)))
 
     def load(self, path: str | Path) -> Trainer:
         """Take the parameters of a checkpoint, or of the newest one of a run; returns itself.
@@ -326,18 +350,15 @@ class Trainer:
         return self
 
     def take(self, network: Network, snapshot: checkpoint.Snapshot) -> None:
-        """Copy the parameters of `snapshot` into a vector for `network`; `ConfigError` if they do not fit."""
-        vector = np.zeros(network.layout.size, np.float32)
-        for name, view in zip(network.layout.names, network.views(vector), strict=True):
-            held = snapshot.tensors.get(f"parameters/{name}")
-            if held is None or held.shape != view.shape:
-                got = "nothing" if held is None else f"shape {held.shape}"
-                raise ConfigError(
-                    f"the model has a parameter {name} of shape {view.shape}, the checkpoint has {got}: "
-                    "it belongs to another model"
-                )
-            np.copyto(view, held)
-        self.network, self.parameters = network, vector
+        """Copy parameters and statistics of `snapshot` for `network`; `ConfigError` if they do not fit.
+
+        Where the optimizer keeps an average of the parameters, it is the average that is taken.
+        """
+        parameters = np.zeros(network.layout.size, np.float32)
+        statistics = np.zeros(network.statistics_layout.size)
+        copy_tensors(snapshot, self.optimizer.evaluated, network.layout, parameters)
+        copy_tensors(snapshot, "statistics", network.statistics_layout, statistics)
+        self.network, self.parameters, self.statistics = network, parameters, statistics
 
     def _train(self, members: Membership, seat: Seat, job: Job) -> History:
         """Run the worker to the end of the call, through losses that happen while it ends."""
@@ -355,7 +376,8 @@ class Trainer:
                     result = finished.result
                     break
             self.network = job.network
-            self.parameters = seat.arena.vectors(result["steps"])["parameters"]
+            self.parameters = seat.arena.vectors(result["steps"])[self.optimizer.evaluated]
+            self.statistics = seat.arena.scalars(result["steps"])[SCALARS:]
         finally:
             worker.close()
         return _history(result)
@@ -365,19 +387,26 @@ class Trainer:
         self.load(result["out"])
         return _history(result)
 
-    def _ready(self, dataset: ArrayDataset) -> Network:
+    def ready(self) -> Network:
         """Return the network with the trained parameters in place."""
-        if self.network is None or self.parameters is None:
+        if self.network is None or self.parameters is None or self.statistics is None:
             raise ConfigError("nothing is trained yet; call fit, or load a checkpoint with Trainer.load")
-        if dataset.x.shape[1:] != self.network.input_shape:
-            raise DataError(
-                f"the model takes samples of shape {self.network.input_shape}, got {dataset.x.shape[1:]}"
-            )
         self.network.use(self.network.views(self.parameters))
+        self.network.use_statistics(self.statistics)
         return self.network
+
+    def _ready_for(self, dataset: ArrayDataset) -> Network:
+        """Return the network with the trained parameters in place; DataError if it takes other samples."""
+        network = self.ready()
+        if dataset.x.shape[1:] != network.input_shape:
+            raise DataError(
+                f"the model takes samples of shape {network.input_shape}, got {dataset.x.shape[1:]}"
+            )
+        return network
 
     def _build(self, data: ArrayDataset) -> Network:
         """Build the network for samples like those of `data`."""
+        check_kind_of_samples(self.model, data)
         return Network(self.model, data.x.shape[1:], self.loss)
 
 
@@ -413,23 +442,3 @@ def _history(result: dict[str, Any]) -> History:
         result=result,
         out=out,
     )
-
-
-def _dataset(data: Data) -> ArrayDataset:
-    """Return `data` as a data set: float32 samples; int64 classes or float32 numbers (N, O) as targets."""
-    if isinstance(data, ArrayDataset):
-        return data
-    x, y = (np.asarray(part) for part in data)
-    if len(x) != len(y):
-        raise DataError(f"expected as many targets as samples, got {len(x)} samples and {len(y)} targets")
-    if y.dtype.kind in "iub":
-        targets: Array = np.ascontiguousarray(y, np.int64)
-    else:
-        columns = y.shape[1] if y.ndim > 1 else 1
-        targets = np.ascontiguousarray(y.reshape(len(y), columns), np.float32)
-    samples = np.ascontiguousarray(x, np.float32)
-    for name, part in (("x", samples), ("y", targets)):
-        if part.dtype.kind == "f" and not np.isfinite(part).all():
-            row = int(np.flatnonzero(~np.isfinite(part.reshape(len(part), -1)).all(axis=1))[0])
-            raise DataError(f"{name} holds a value that is not finite, first in sample {row}; clean the data")
-    return ArrayDataset(samples, targets)

@@ -7,7 +7,8 @@ One step, from `DESIGN`'s point of view and in this file's names:
     _reduce         lane owners: tree over the slots, over the hosts; sums for norms and the verdict
     barrier         now everybody knows the sums; nobody has written yet
     _update         lane owners: write the NEXT generation of the lane (a skipped step: copy the current one),
-                    and check what they read if this step is verified (`verify.py`)
+                    and check what they read if this step is verified (`verify.py`);
+                    an optimizer with sums of its own writes them first, and everybody meets once more
     barrier
     _commit         the host's first worker stores the committed-step word
 
@@ -32,6 +33,7 @@ from distbp import state
 from distbp.after_step import AfterStep
 from distbp.arena import EMPTY, RELOAD, Parked
 from distbp.backends.base import Seat, host_ranks
+from distbp.data import ReadAhead
 from distbp.divergence import diverged
 from distbp.errors import TransportError
 from distbp.exchange import BucketExchange, Piece, bucket_starts, cut_pieces, probe_bucket_bytes
@@ -47,6 +49,7 @@ from distbp.job import (
     REDUCE,
     SAMPLES,
     SAVE,
+    SCALARS,
     SKIPPED,
     SKIPPED_IN_ROW,
     START,
@@ -57,9 +60,9 @@ from distbp.job import (
     Job,
     epoch_ends_at,
 )
+from distbp.lane import Lane
 from distbp.nn import Context, Leaf, Parameter
 from distbp.optim import norm
-from distbp.optim.chunks import new_scratch
 from distbp.partition import split_range
 from distbp.reduce import LaneReduction, MicroBatchSum
 from distbp.terminal import say
@@ -97,7 +100,7 @@ class Worker:
         self._build_gradient_path()
         self._build_batches()
         self.check = StateCheck(seat, job.network.layout, job.verify_every)
-        self.after = AfterStep(seat, job, self._views, self.check, self._faults)
+        self.after = AfterStep(seat, job, self._views_of(job.optimizer.evaluated), self.check, self._faults)
 
     def run(self) -> bool:
         """Train to the last step or to a requested stop, through any number of losses."""
@@ -140,9 +143,13 @@ class Worker:
         job, local = self.job, self.seat.local_rank
         self._gradient = MicroBatchSum(self.first, self.last, self.arena.slots[local])
         self._tail = MicroBatchSum(self.first, self.last, self.arena.tails[local])
-        self._tail_rows = np.zeros((self.last - self.first, TAIL))
-        self._views = [job.network.views(self.arena.vectors(step)["parameters"]) for step in (0, 1)]
+        self._tail_rows = np.zeros((self.last - self.first, job.tail))
+        self._views = self._views_of("parameters")
         job.network.send_gradients_to(self._collect)
+
+    def _views_of(self, vector: str) -> list[list[Array]]:
+        """Return the views of every tensor in a state vector, for both generations."""
+        return [self.job.network.views(self.arena.vectors(step)[vector]) for step in (0, 1)]
 
     def _collect(self, parameter: Parameter, leaf: Leaf) -> None:
         """Add up one tensor; when it was the last one of a bucket, say so to the lane owners."""
@@ -157,7 +164,7 @@ class Worker:
         """Find this worker's lane: in every bucket a run of the fixed blocks over which norms are summed."""
         layout, seat, arena = self.job.network.layout, self.seat, self.arena
         borders = layout.borders()
-        self._blocks = norm.blocks(borders)
+        blocks = norm.blocks(borders)
         self._starts = [0]
         if len(seat.host_sizes) > 1:
             if transport is not None and seat.local_rank == 0:
@@ -166,8 +173,8 @@ class Worker:
             self._starts = bucket_starts(borders, arena.bucket_bytes // FLOAT_BYTES)
         self._pieces: list[Piece] = []
         if seat.local_rank < seat.lanes:
-            self._pieces = cut_pieces(self._blocks, layout.size, self._starts, seat.lanes, seat.local_rank)
-        self._scratch = new_scratch(self.job.optimizer.scratch_rows)
+            self._pieces = cut_pieces(blocks, layout.size, self._starts, seat.lanes, seat.local_rank)
+        self._lane = Lane(arena, self.job, self._pieces, blocks)
 
     def _open_lane(self, transport: Transport | None) -> None:
         """Lay out the reduction of this worker's lane, and of the tail for the host's first worker."""
@@ -203,6 +210,7 @@ class Worker:
         count = (self.last - self.first) * self.job.micro_batch
         x, y = self.job.train.batch(np.zeros(count, np.int64))
         self._x, self._y = np.empty_like(x), np.empty_like(y)
+        self._ahead = ReadAhead(self.job.train, self.job.order, self.job.batch_size)
 
     # Beginning an attempt.
 
@@ -218,7 +226,8 @@ class Worker:
         self.arena.barrier.wait()
         self.step = self.arena.committed
         self._faults.reach(self.step, "start")
-        compare_gradients(self.seat, job, self._views[self.step & 1], self._transport)
+        views = self._views[self.step & 1]
+        compare_gradients(self.seat, job, self.step, views, self._transport, self.check)
         job.network.send_gradients_to(self._collect)
         if self.seat.rank == 0:
             if arena.source == RELOAD:
@@ -277,6 +286,7 @@ class Worker:
         arena.progress(COMPUTE)
         self._compute()
         times.append(time.perf_counter())
+        arena.note_compute(times[1] - times[0])
         barrier.wait()
         times.append(time.perf_counter())
         arena.progress(REDUCE)
@@ -303,9 +313,12 @@ class Worker:
         count = self.last - self.first
         position = step * job.batch_size + self.first * job.micro_batch
         indices = job.order.indices(position, count * job.micro_batch)
+        if self.seat.local_rank == 0:
+            self._ahead.reach(step * job.batch_size)
         self._faults.reach(step, "read")
         job.train.batch(indices, self._x, self._y)
         shape = (count, job.micro_batch)
+        job.change(self._x.reshape(shape + self._x.shape[1:]), step, self.first)
         job.network.use(self._views[step & 1])
         self._faults.reach(step, "forward")
         sums = job.network.loss_and_gradient(
@@ -314,13 +327,14 @@ class Worker:
             Context(True, job.seed, step, self.first),
         )
         rows[:, LOSS], rows[:, WEIGHT], rows[:, CORRECT] = sums.loss, sums.weight, sums.correct
+        job.network.write_statistics(rows[:, TAIL:])
         rows[0, STOP] = self.arena.stop_requested
         if self.seat.rank == 0:
             rows[0, SAVE] = self.after.save_is_due()
         bad = np.flatnonzero(~np.isfinite(sums.loss))
         self.arena.mark_bad(self.first + int(bad[0]) if len(bad) else -1)
         self._faults.reach(step, "publish")
-        self._tail.collect(0, (TAIL,), lambda low, high, out: np.copyto(out, rows[low:high]))
+        self._tail.collect(0, (job.tail,), lambda low, high, out: np.copyto(out, rows[low:high]))
 
     def _reduce(self) -> None:
         """Add this worker's lane, then measure it while it is still in the cache."""
@@ -329,44 +343,30 @@ class Worker:
             assert self._exchange is not None, "the lane was opened"
             self._exchange.finish()
             self._faults.reach(self.step, "measure")
-            for piece in self._pieces:
-                self.job.optimizer.measure(
-                    self.arena.slots[0][0][piece.low : piece.high],
-                    self._blocks[piece.first : piece.last],
-                    self.arena.sums[piece.first : piece.last],
-                    offset=piece.low,
-                )
+            self._lane.measure()
         if self.seat.local_rank == 0:
             self._tail_sum.run()
+            self.after.watch_stragglers(self.step, self._transport)
 
     def _update(self, tail: NDArray[np.float64]) -> bool:
         """Write the next generation of the lane and, by the host's first worker, of the scalars.
 
         Returns the verdict on the step; a step that is not accepted copies the current generation.
         """
-        arena, job, step = self.arena, self.job, self.step
+        job, step = self.job, self.step
         self._faults.reach(step, "apply")
-        accepted = norm.is_finite(arena.sums) and bool(np.isfinite(tail[LOSS])) and bool(tail[WEIGHT] > 0)
+        accepted = self._lane.is_finite() and bool(np.isfinite(tail).all()) and bool(tail[WEIGHT] > 0)
+        if accepted and job.optimizer.num_sums:
+            self._lane.prepare(step, tail)
+            self.arena.barrier.wait()  # Now everybody knows these sums, too.
         saved = self.after.saves_at(step + 1, save=bool(tail[SAVE] > 0), stop=bool(tail[STOP] > 0))
         # Before a run is given up as diverged, hosts compare their states: one may be corrupted.
-        for piece in self.check.begin(step, covered=saved or self._diverges(accepted)):
-            part = slice(piece.low, piece.high)
-            current = {name: vector[part] for name, vector in arena.vectors(step).items()}
-            following = {name: vector[part] for name, vector in arena.vectors(step + 1).items()}
+        for part in self.check.begin(step, covered=saved or self._diverges(accepted)):
             if accepted:
-                weight = float(tail[WEIGHT])
-                job.optimizer.apply(
-                    arena.slots[0][0][part],
-                    scale=norm.clip_factor(arena.sums, weight, job.clip_norm) / weight,
-                    lr=job.schedule(step),
-                    current=current,
-                    following=following,
-                    scratch=self._scratch,
-                )
+                self._lane.apply(part, step, tail)
             else:
-                for name, vector in following.items():
-                    np.copyto(vector, current[name])
-            self.check.follow(piece)
+                self._lane.copy(part, step)
+            self.check.follow(part)
         if self.seat.local_rank == 0:
             self._update_scalars(tail, accepted)
             self.check.follow_scalars()
@@ -393,6 +393,7 @@ class Worker:
         if accepted:
             following[[EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT]] += tail[[LOSS, WEIGHT, CORRECT]]
             following[SKIPPED_IN_ROW] = 0
+            job.network.move_statistics(following[SCALARS:], tail[TAIL:] / job.micro_batches)
         else:
             following[[SKIPPED_IN_ROW, SKIPPED]] += 1
 

@@ -36,6 +36,8 @@ BEGIN, END = "<!-- generated: tests (python -m tests.fault_table --write) -->", 
 
 LOCAL = "tests/backends/test_local.py::"
 POINTS = "tests/backends/test_fault_points.py::"
+AROUND = "tests/backends/test_surroundings.py::"
+VERIFY = "tests/test_verify.py::"
 STUCK = "tests/backends/test_stuck_workers.py::"
 MODEL = "tests/test_recovery_model.py::test_every_interleaving_ends_well"
 SCRIPT = "tests/mpi/test_mpirun_script.py::"
@@ -156,6 +158,15 @@ ROWS = (
         (Chaos("local", ("stop",), 20), Chaos("local", ("pause", "pause_all"), 100)),
     ),
     Row(
+        "A9",
+        "a worker is slow",
+        (
+            "tests/metrics/test_stragglers.py::test_a_worker_with_little_processor_time_is_named_and_stays",
+            "tests/metrics/test_stragglers.py::test_a_slow_worker_is_named_with_its_cost",
+            "tests/metrics/test_stragglers.py::test_others_are_not_named",
+        ),
+    ),
+    Row(
         "A10",
         "the network between hosts is cut",
         (
@@ -198,6 +209,40 @@ ROWS = (
             f"{RAY}test_a_stopped_run_goes_on_elsewhere",
         ),
         (Chaos("local", ("stop_request",), 50),),
+    ),
+    Row(
+        "A14",
+        "a worker is killed for want of memory",
+        (f"{AROUND}test_a_worker_that_the_kernel_kills_for_memory_is_named",),
+    ),
+    Row(
+        "A15",
+        "the clock jumps",
+        (f"{AROUND}test_a_clock_that_jumps_has_no_effect",),
+    ),
+    Row(
+        "A16",
+        "a port is taken",
+        ("tests/transports/test_listener.py::test_a_taken_port_is_named",),
+    ),
+    Row(
+        "A17",
+        "a worker never comes, or there are too many or too few",
+        (
+            f"{POINTS}test_a_worker_that_never_comes_is_named_and_given_up",
+            f"{SCRIPT}test_a_rank_that_differs_is_named",
+            f"{SCRIPT}test_a_launcher_of_the_other_library_is_refused",
+        ),
+    ),
+    Row(
+        "A18",
+        "losses again and again",
+        (
+            f"{POINTS}test_starts_without_progress_are_counted",
+            f"{POINTS}test_a_new_checkpoint_begins_the_count_anew",
+            f"{LOCAL}test_a_worker_that_always_dies_uses_up_its_restarts",
+            "tests/test_coordinator.py::test_restarts_without_progress_wait_ever_longer",
+        ),
     ),
     Row(
         "B1",
@@ -293,6 +338,25 @@ ROWS = (
         ),
     ),
     Row(
+        "B10",
+        "bits change in memory",
+        (
+            f"{VERIFY}test_flips_in_processes_are_found_and_undone",
+            f"{VERIFY}test_with_every_step_verified_the_host_is_named",
+            f"{VERIFY}test_hosts_that_differ_are_found_before_the_next_save",
+            f"{VERIFY}test_without_a_checkpoint_the_run_ends_with_80",
+            f"{VERIFY}test_every_single_bit_flip_changes_one_checksum",
+            "tests/mpi/test_mpi_memory.py::test_the_script_starts_again",
+        ),
+        (
+            Command(
+                ("tests.flips_memory", "--parts", "1", "--count"),
+                200,
+                r"verify_every = 1: found (?P<survived>\d+) of (?P<cases>\d+) flips",
+            ),
+        ),
+    ),
+    Row(
         "B11",
         "the run goes on elsewhere",
         (
@@ -331,15 +395,7 @@ ROWS = (
 )
 
 
-NOT_YET = {
-    "A9": "naming a slow worker",
-    "A14": "saying that a worker ran out of memory",
-    "A15": "a clock that jumps",
-    "A16": "a port that is taken",
-    "A17": "a rank that is missing at the start",
-    "A18": "restarts counted over several starts",
-    "B10": "bits that change in memory",
-}
+NOT_YET: dict[str, str] = {}
 """Faults that have no row yet: what is not built, or not tested."""
 
 

@@ -53,9 +53,23 @@ DRAWING = (
     ),
     (
         "before and after a step",
-        ("state", "after_step", "planning", "exchange", "divergence", "trial", "verify"),
+        ("state", "after_step", "planning", "exchange", "divergence", "lane", "trial", "verify"),
     ),
-    ("what those share", ("backends.base", "job", "evaluation", "saver", "metrics", "worker_log")),
+    (
+        "what those share",
+        (
+            "backends.base",
+            "job",
+            "evaluation",
+            "generation",
+            "onnx_export",
+            "onnx_graph",
+            "onnx_layers",
+            "saver",
+            "metrics",
+            "worker_log",
+        ),
+    ),
     ("the parts", ("nn", "optim", "data", "checkpoint", "reduce", "arena")),
     (
         "what the parts stand on",
@@ -83,6 +97,9 @@ ONLY_IN = {
         "backends.ray_collective",
         "backends.ray_collective.board",
     },
+    "PIL": {"data.image_folder"},
+    "onnx": {"onnx_export", "onnx_graph"},
+    "pyarrow": {"data.parquet"},
 }
 """Optional packages, imported lazily and only where a backend or transport is made of them."""
 

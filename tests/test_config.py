@@ -17,8 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distbp.cli.job import build_schedule
 from distbp.config import Config, describe, from_dict, resolve, schema, to_dict, to_toml
 from distbp.config_check import keys
+from distbp.config_schema import OPTIONS_OF
 from distbp.errors import ConfigError, InputMissing
 from distbp.optim import OPTIMIZERS, SCHEDULES, Schedule
 
@@ -31,7 +33,6 @@ BAD_OVERRIDES = [
     ("optimizer.lr=1e999", "optimizer.lr", "finite"),
     ("optimizer.lr=fast", "optimizer.lr", "'fast'"),
     ("optimizer.lr=true", "optimizer.lr", "True"),
-    ("optimizer.lr=none", "optimizer.lr", "'none'"),
     ("optimizer.lr=", "optimizer.lr", "''"),
     ("optimizer.lr=[0.1]", "optimizer.lr", "[0.1]"),
     ("optimizer.lr=" + "9" * 400, "optimizer.lr", "400 characters"),
@@ -357,11 +358,19 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
         train["batch_size"] = train["micro_batch"] * draw(st.integers(1, 10**9 // train["micro_batch"]))
     if optimizer.get("momentum") == 0:
         optimizer.pop("nesterov", None)
-    if loss.get("name") == "mean_squared_error":
-        tree["loss"] = {"name": "mean_squared_error"}
+    if optimizer.get("name", "auto") != "auto":
+        wrong = {option for options in OPTIONS_OF.values() for option in options} - {
+            *OPTIONS_OF[optimizer["name"]]
+        }
+        tree["optimizer"] = {option: value for option, value in optimizer.items() if option not in wrong}
+    if tree.get("schedule", {}).get("warmup_steps"):
+        tree["schedule"].pop("warmup_epochs", None)
+    if loss.get("name", "auto") not in ("auto", "cross_entropy"):
+        tree["loss"] = {"name": loss["name"]}
     elif not any(loss.get("class_weights") or [1]):
         del loss["class_weights"]
-    if len(tree.get("model", {}).get("hidden", [])) > 1:
+    loss.pop("delta", None)
+    if len(tree.get("model", {}).get("hidden") or []) > 1:
         tree["model"]["hidden"] = [1 + width % 10_000 for width in tree["model"]["hidden"]]
     return tree
 
@@ -438,9 +447,9 @@ def test_every_key_is_explained() -> None:
     described = describe()
     assert [entry.key for entry in described] == list(keys())
     assert all(entry.type and entry.default and entry.description for entry in described)
-    assert next(entry for entry in described if entry.key == "optimizer.lr").type == "a finite number > 0"
+    assert next(entry for entry in described if entry.key == "schedule.power").type == "a finite number > 0"
     definitions = json.loads(json.dumps(schema()))["$defs"]
-    assert definitions["Optimizer"]["properties"]["lr"]["exclusiveMinimum"] == 0
+    assert definitions["Schedule"]["properties"]["power"]["exclusiveMinimum"] == 0
     assert definitions["Optimizer"]["additionalProperties"] is False
     template = to_toml(Config(), comments=True)
     assert all(entry.description in template for entry in described)
@@ -455,13 +464,26 @@ def test_defaults_are_right_values() -> None:
 def test_choices_equal_the_tables_of_optim() -> None:
     """The configuration offers exactly the optimizers and schedules that there are, with their options."""
     choices = {path: set(getattr(key.type, "values", ())) for path, key in keys().items()}
-    assert choices["optimizer.name"] == set(OPTIMIZERS)
+    assert choices["optimizer.name"] == {"auto", *OPTIMIZERS}
     assert choices["schedule.name"] == set(SCHEDULES)
-    options = {
-        path.partition(".")[2]: key.default for path, key in keys().items() if path.startswith("schedule.")
-    }
-    schedule = Schedule(lr=0.1, **options)  # type: ignore[arg-type]
-    assert schedule == Schedule(lr=0.1)
+    config = from_dict({"optimizer": {"name": "sgd", "lr": 0.1}})
+    assert build_schedule(config) == Schedule(lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "words"),
+    [
+        (["optimizer.name=adam", "optimizer.momentum=0.9"], "optimizer.momentum", "lars, rmsprop, sgd"),
+        (["optimizer.name=sgd", "optimizer.beta1=0.9"], "optimizer.beta1", "adam, adamw, lamb, lion"),
+        (["optimizer.name=lion", "optimizer.nesterov=true"], "optimizer.nesterov", "it is for sgd"),
+        (["schedule.warmup_epochs=1", "schedule.warmup_steps=5"], "schedule.warmup_epochs", "5 steps"),
+    ],
+)
+def test_options_of_another_update_rule_are_refused(overrides: list[str], key: str, words: str) -> None:
+    """An option that would have no effect is a mistake, and the message says whose it is."""
+    (line,) = refused(overrides=overrides)
+    assert key in line
+    assert words in line
 
 
 def test_the_configuration_imports_no_numpy() -> None:

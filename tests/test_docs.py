@@ -8,6 +8,7 @@ A generated part stands between two comments, so that a reader sees it like the 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 
 from distbp import errors
 from distbp.config import describe, from_dict
+from distbp.config_schema import OPTIONS_OF
+from distbp.optim import OPTIMIZERS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ARCHITECTURE = REPOSITORY / "docs" / "ARCHITECTURE.md"
@@ -29,24 +32,32 @@ ALTERNATIVES: dict[str, object] = {
     "data.validation_fraction": 0.2,
     "data.split": "tail",
     "data.normalize": "none",
+    "data.augment_crop": 1,
+    "data.augment_flip": True,
+    "data.augment_noise": 0.1,
     "model.name": "linear",
     "model.hidden": [8],
     "model.activation": "tanh",
     "loss.label_smoothing": 0.1,
     "loss.class_weights": [2.0] * 10,
+    "optimizer.name": "adam",
     "optimizer.lr": 0.2,
     "optimizer.momentum": 0.5,
     "optimizer.nesterov": True,
     "optimizer.weight_decay": 0.1,
+    "optimizer.average": 0.9,
     "optimizer.clip_norm": 1.0,
     "schedule.name": "constant",
     "schedule.warmup_steps": 1,
+    "schedule.warmup_epochs": 1.0,
+    "schedule.scaling": "linear",
     "schedule.step_size": 7,
     "schedule.gamma": 0.2,
     "schedule.final_fraction": 0.1,
     "schedule.power": 2.0,
     "schedule.initial_fraction": 0.1,
     "schedule.rise_fraction": 0.1,
+    "data.shuffle": "block",
     "train.epochs": 3,
     "train.max_steps": 5,
     "train.batch_size": 32,
@@ -70,11 +81,29 @@ ALTERNATIVES: dict[str, object] = {
 """Key -> a value that is not its default, for the built-in digits."""
 
 NO_ALTERNATIVE = {
+    "data.image_size": "the digits are no image files, which is refused at any start; samples are compared",
     "data.path": "the samples are compared, not the name of the file",
     "data.target": "the same; a column that gives other targets gives other samples",
     "data.validation": "the same for the validation samples",
     "loss.name": "a data set has one loss that fits it; every other name is refused at any start",
-    "optimizer.name": "there is one so far",
+    "data.length": "for sounds; other lengths are other samples",
+    "data.level": "for texts; other tokens are other samples",
+    "data.context": "the same",
+    "data.stride": "the same",
+    "data.categories": "for tables; other features are other samples",
+    "data.categorical": "the same",
+    "data.on_disk": "where samples are held changes none of them",
+    "data.samples": "for bells; more samples are other samples",
+    "model.layers": "refused for an mlp; part of the model where it has a meaning",
+    "model.heads": "the same",
+    "model.width": "the same",
+    "model.cross": "the same",
+    "loss.delta": "refused but for 'huber', which is for numbers",
+    "optimizer.beta1": "refused for sgd; part of the options of the optimizers that have it",
+    "optimizer.beta2": "the same",
+    "optimizer.epsilon": "the same",
+    "optimizer.trust": "the same",
+    "schedule.scaling_batch": "without scaling it means nothing; with it, it is part of the rate",
 }
 """Keys without another value for the digits -> what is compared in their place, or why there is none."""
 
@@ -106,7 +135,21 @@ def drawing_table() -> str:
     return "\n".join(["| layer | modules |", "|---|---|", *rows])
 
 
-GENERATED = {"keys": (CONFIGURATION, key_table), "drawing": (ARCHITECTURE, drawing_table)}
+def optimizer_table() -> str:
+    """Return the update rules, the rates that they begin with, and their options."""
+    rows = []
+    for name, kind in sorted(OPTIMIZERS.items()):
+        options = inspect.signature(kind).parameters.values()
+        listed = ", ".join(f"{option.name} {option.default}".lower() for option in options)
+        rows.append(f"| `{name}` | {kind.default_lr} | {listed} |")
+    return "\n".join(["| update rule | lr | options |", "|---|---|---|", *rows])
+
+
+GENERATED = {
+    "keys": (CONFIGURATION, key_table),
+    "optimizers": (CONFIGURATION, optimizer_table),
+    "drawing": (ARCHITECTURE, drawing_table),
+}
 
 
 def generated_part(text: str, name: str) -> re.Match[str]:
@@ -150,7 +193,7 @@ def known_keys() -> list[str]:
 @pytest.fixture(scope="module")
 def identity():
     """Return the function that says what a configuration of the built-in digits is compared by at resume."""
-    from distbp.cli.job import build_trainer, fit_options, load_data
+    from distbp.cli.job import build_trainer, completed, fit_options, load_data
 
     def compute(key: str | None = None, value: object = None) -> dict[str, object]:
         tree: dict[str, dict[str, object]] = {"data": {"path": "digits"}}
@@ -159,6 +202,7 @@ def identity():
             (tree.setdefault(table, {}) if table else tree)[name] = value
         config = from_dict(tree)
         prepared = load_data(config)
+        config = completed(config, prepared)
         options = fit_options(config, prepared.preprocessing, None)
         trainer = build_trainer(config, prepared.preprocessing)
         return trainer.plan(prepared.train, prepared.validation, workers=1, **options).identity
@@ -200,6 +244,12 @@ def test_no_document_names_a_key_that_does_not_exist():
         for name in re.findall(r"`([a-z]+\.[a-z_]+)`", path.read_text()):
             if name.partition(".")[0] in tables and not name.endswith((".py", ".md")):
                 assert name in known_keys(), f"{path.name} names {name}"
+
+
+def test_every_option_of_an_optimizer_is_a_key():
+    """The options that the configuration knows of each update rule are those of its class."""
+    taken = {name: tuple(sorted(inspect.signature(kind).parameters)) for name, kind in OPTIMIZERS.items()}
+    assert taken == OPTIONS_OF
 
 
 # ----- exit codes

@@ -141,17 +141,29 @@ def test_the_limit_is_what_keeps_it_from_diverging() -> None:
 
 
 def test_the_task_decides_only_where_nothing_was_given() -> None:
-    """Classes have no limit, numbers have 1, and a given limit stays."""
+    """Classes have no limit, numbers have 1, a given limit stays; the rate is that of the update rule."""
     numbers = prepared_of(PROBLEMS["clean"]).preprocessing
     digits = prepare(
         load("digits"), validation_fraction=0.1, split="random", normalize="auto", seed=0
     ).preprocessing
     default = configuration.Config()
     given = configuration.resolve(overrides=["optimizer.clip_norm=3"]).config
-    assert with_task_defaults(default, digits) == default
+    chosen = with_task_defaults(default, digits).optimizer
+    assert (chosen.name, chosen.lr, chosen.clip_norm) == ("sgd", 0.1, None)
     assert with_task_defaults(default, numbers).optimizer.clip_norm == 1.0
-    assert with_task_defaults(given, numbers) == given
+    assert with_task_defaults(given, numbers).optimizer.clip_norm == 3.0
     assert build_trainer(default, numbers).clip_norm == 1.0
+
+
+def test_the_model_decides_the_learning_rate_where_none_was_given() -> None:
+    """Most models begin at 0.1, plain convolutional networks lower, and a given rate stays."""
+    digits = prepare(
+        load("digits"), validation_fraction=0.1, split="random", normalize="auto", seed=0
+    ).preprocessing
+    for name, given, wanted in (("mlp", None, 0.1), ("lenet", None, 0.03), ("lenet", 0.2, 0.2)):
+        overrides = [f"model.name={name}"] + [f"optimizer.lr={given}"] * (given is not None)
+        config = configuration.resolve(overrides=overrides).config
+        assert with_task_defaults(config, digits).optimizer.lr == wanted
 
 
 def test_the_command_trains_predicts_and_says_what_it_chose(distbp, tmp_path: Path) -> None:

@@ -56,10 +56,14 @@ def state_sha256(tensors: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def parameters_sha256(arrays: Iterable[NDArray[np.float32]]) -> str:
-    """Return the SHA-256 over `arrays` in the given (declaration) order, C order, little-endian float32."""
+def parameters_sha256(arrays: Iterable[NDArray[Any]]) -> str:
+    """Return the SHA-256 over `arrays` in the given (declaration) order, C order, little-endian.
+
+    They are the parameters, float32, and behind them the averages of the model's statistics, float64, if it
+    has any.
+    """
     digest = hashlib.sha256()
     for array in arrays:
-        assert array.dtype == np.float32, f"parameters are float32, got {array.dtype!r}"
+        assert array.dtype in (np.float32, np.float64), f"expected float32 or float64, got {array.dtype!r}"
         digest.update(little_endian_bytes(array))
     return digest.hexdigest()

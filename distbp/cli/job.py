@@ -7,6 +7,7 @@ it.  The configuration and the preprocessing travel in the same file, so a messa
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,34 @@ import numpy as np
 
 from distbp import config as configuration
 from distbp.config import Config
-from distbp.data import ArrayDataset, Prepared, Preprocessing, Sources, attach, load, pack, prepare
+from distbp.config_check import conflicts
+from distbp.config_schema import OPTIONS_OF
+from distbp.data import (
+    Options,
+    Prepared,
+    Preprocessing,
+    Sources,
+    attach,
+    has_columns,
+    load,
+    pack,
+    pack_datasets,
+    prepare,
+    transforms,
+    unpack_datasets,
+)
 from distbp.errors import ConfigError
 from distbp.metrics.banner import banner
-from distbp.nn import Loss, build_loss, build_model
-from distbp.optim import OPTIMIZERS, Schedule
+from distbp.nn import BinaryCrossEntropy, Loss, build_loss, build_model
+from distbp.optim import OPTIMIZERS, Averaged, Optimizer, Schedule
 from distbp.trainer import History, Trainer
 
 __all__ = [
     "PackedJob",
+    "build_optimizer",
+    "build_schedule",
     "build_trainer",
+    "completed",
     "fit",
     "fit_job",
     "load_data",
@@ -43,6 +62,25 @@ the problems in tests/test_regression_defaults.py diverge or end far off at the 
 mlp.  Rejected: a lower learning rate for numbers.  At 0.01 features with outliers still diverged.
 """
 
+WARMUP_EPOCHS = 5
+"""Epochs of it with `schedule.scaling = "linear"` where nothing else was said (P. Goyal et al., 2017)."""
+
+LOSSES_FOR = {
+    "classification": ("cross_entropy", "binary_cross_entropy"),
+    "regression": ("mean_squared_error", "huber", "binary_cross_entropy"),
+}
+"""Task -> the losses that fit it, the natural one first."""
+
+OPTIMIZER_OF = {"audio": "adam", "tabular": "adam", "transformer": "adamw"}
+"""`optimizer.name` where none was given, for the models that another than SGD suits."""
+
+LR_OF = {"cnn": 0.01, "lenet": 0.03}
+"""`optimizer.lr` for SGD where none was given, for the models that need a lower one than SGD's own.
+
+Convolutions share their weights over all places of an image, so their gradients add up, and without a norm
+behind them nothing takes that back: cnn learns nothing at 0.03, and lenet ends worse at 0.1 (docs/LOG.md).
+"""
+
 
 @dataclass(frozen=True)
 class PackedJob:
@@ -54,55 +92,132 @@ class PackedJob:
 
 def load_data(config: Config) -> Prepared:
     """Read, check, split and normalise the data that the configuration names."""
-    sources = load(config.data.path, target=config.data.target)
-    if config.data.validation is not None:
-        other = load(config.data.validation, target=config.data.target, schema=sources.train.schema)
+    data = config.data
+    categories = data.categories
+    if categories == "auto":
+        takes_codes = config.model.name == "tabular" and has_columns(data.path)
+        categories = "codes" if takes_codes else "one_hot"
+    options = Options(
+        categorical=data.categorical,
+        categories=categories,
+        context=data.context,
+        image_size=data.image_size,
+        length=data.length,
+        level=data.level,
+        on_disk=data.on_disk,
+        samples=data.samples,
+        stride=data.stride,
+    )
+    sources = load(data.path, target=data.target, options=options)
+    if data.validation is not None:
+        other = load(data.validation, target=data.target, schema=sources.train.schema)
         sources = Sources(sources.train, other.train)
     return prepare(
         sources,
-        validation_fraction=config.data.validation_fraction,
-        split=config.data.split,
-        normalize=config.data.normalize,
+        validation_fraction=data.validation_fraction,
+        split=data.split,
+        normalize=data.normalize,
         seed=config.seed,
     )
 
 
+def completed(config: Config, prepared: Prepared) -> Config:
+    """Return the configuration with every value that the data decide where none was given.
+
+    Raises ConfigError if something that was given does not fit what was decided.
+    """
+    config = with_task_defaults(config, prepared.preprocessing)
+    schedule = config.schedule
+    epochs = schedule.warmup_epochs
+    if epochs is None and schedule.scaling == "linear" and not schedule.warmup_steps:
+        epochs = WARMUP_EPOCHS
+    if epochs is not None:
+        steps = math.ceil(epochs * len(prepared.train) / config.train.batch_size)
+        schedule = msgspec.structs.replace(schedule, warmup_epochs=None, warmup_steps=steps)
+    return msgspec.structs.replace(config, schedule=schedule)
+
+
 def with_task_defaults(config: Config, preprocessing: Preprocessing) -> Config:
-    """Return the configuration with the values that the task decides where none was given."""
-    if preprocessing.task == "classification" or config.optimizer.clip_norm is not None:
-        return config
-    optimizer = msgspec.structs.replace(config.optimizer, clip_norm=CLIP_NORM_FOR_NUMBERS)
-    return msgspec.structs.replace(config, optimizer=optimizer)
+    """Return the configuration with the values that task and model decide where none was given."""
+    model, optimizer = config.model, config.optimizer
+    if model.name == "auto":
+        model = msgspec.structs.replace(model, name=natural_model(preprocessing))
+    if optimizer.name == "auto":
+        optimizer = msgspec.structs.replace(optimizer, name=OPTIMIZER_OF.get(model.name, "sgd"))
+    if optimizer.lr is None:
+        lr = OPTIMIZERS[optimizer.name].default_lr
+        lr = LR_OF.get(model.name, lr) if optimizer.name == "sgd" else lr
+        optimizer = msgspec.structs.replace(optimizer, lr=lr)
+    if optimizer.clip_norm is None and preprocessing.task != "classification":
+        optimizer = msgspec.structs.replace(optimizer, clip_norm=CLIP_NORM_FOR_NUMBERS)
+    decided = msgspec.structs.replace(config, model=model, optimizer=optimizer)
+    for (key, *_), message in conflicts(decided):
+        raise ConfigError(f"{key}: {message}")
+    return decided
+
+
+def natural_model(preprocessing: Preprocessing) -> str:
+    """Return the name of the model that fits the data where none was named."""
+    if preprocessing.schema.get("codes"):
+        return "transformer"
+    return "audio" if preprocessing.schema.get("sound") else "mlp"
 
 
 def build_trainer(config: Config, preprocessing: Preprocessing) -> Trainer:
     """Return the trainer that the configuration describes, for data like those that were prepared."""
     config = with_task_defaults(config, preprocessing)
-    model = build_model(
-        config.model.name,
-        outputs=preprocessing.num_outputs,
-        hidden=config.model.hidden,
-        activation=config.model.activation,
-    )
-    options = msgspec.structs.asdict(config.optimizer)
-    lr, clip_norm = options.pop("lr"), options.pop("clip_norm")
+    loss = _loss(config, preprocessing)
+    # Two classes have one output if yes and no are what is asked for.
+    yes_or_no = isinstance(loss, BinaryCrossEntropy) and preprocessing.task == "classification"
+    options = msgspec.structs.asdict(config.model)
+    codes = preprocessing.schema.get("codes_at", [])
+    if codes and config.model.name != "tabular":
+        raise ConfigError(
+            f"model.name: the data have columns of codes, which needs 'tabular', got {config.model.name!r}; "
+            "or set data.categories=one_hot"
+        )
+    options["codes"] = codes or None
+    outputs = 1 if yes_or_no else preprocessing.num_outputs
     return Trainer(
-        model,
-        loss=_loss(config, preprocessing),
-        optimizer=OPTIMIZERS[options.pop("name")](**options),
-        schedule=Schedule(lr=lr, **msgspec.structs.asdict(config.schedule)),
-        clip_norm=clip_norm,
+        build_model(options.pop("name"), outputs=outputs, **options),
+        loss=loss,
+        optimizer=build_optimizer(config),
+        schedule=build_schedule(config),
+        clip_norm=config.optimizer.clip_norm,
         batch_size=config.train.batch_size,
         micro_batch=config.train.micro_batch,
         seed=config.seed,
         threads=config.run.threads,
+        shuffle=config.data.shuffle,
+        augment=transforms(
+            crop=config.data.augment_crop, flip=config.data.augment_flip, noise=config.data.augment_noise
+        ),
     )
 
 
+def build_optimizer(config: Config) -> Optimizer:
+    """Return the optimizer; options that were not given are its own."""
+    settings = config.optimizer
+    given = {option: getattr(settings, option) for option in OPTIONS_OF[settings.name]}
+    options = {option: value for option, value in given.items() if value is not None}
+    optimizer = OPTIMIZERS[settings.name](**options)
+    return optimizer if settings.average is None else Averaged(optimizer, decay=settings.average)
+
+
+def build_schedule(config: Config) -> Schedule:
+    """Return the schedule, its rate scaled with the batch size where that is asked for."""
+    options = msgspec.structs.asdict(config.schedule) | {"lr": config.optimizer.lr}
+    scaling, scaling_batch = options.pop("scaling"), options.pop("scaling_batch")
+    del options["warmup_epochs"]  # `completed` made steps of them.
+    if scaling == "none":
+        return Schedule(**options)
+    return Schedule.scaled(batch_size=config.train.batch_size, scaling_batch=scaling_batch, **options)
+
+
 def run_name(config: Config) -> str:
-    """Return `<data>-<model>`, the first part of a run's default name."""
+    """Return `<data>-<model>`, the first part of a run's default name; only `<data>` before it is decided."""
     stem = Path(config.data.path).name.split(".")[0] or "data"
-    return f"{stem}-{config.model.name}"
+    return stem if config.model.name == "auto" else f"{stem}-{config.model.name}"
 
 
 def fit_options(config: Config, preprocessing: Preprocessing, out: str | None) -> dict[str, Any]:
@@ -143,11 +258,9 @@ def pack_job(config: Config, prepared: Prepared, out: str) -> PackedJob:
         "preprocessing": prepared.preprocessing.to_dict(),
         "out": out,
     }
-    arrays: dict[str, Any] = {"job": np.frombuffer(json.dumps(settings).encode(), np.uint8)}
-    for name, part in (("train", prepared.train), ("validation", prepared.validation)):
-        if part is not None:
-            arrays |= {f"{name}_x": part.x, f"{name}_y": part.y}
-    descriptor, description = pack(arrays)
+    arrays, described = pack_datasets({"train": prepared.train, "validation": prepared.validation})
+    content = json.dumps(settings | {"datasets": described}).encode()
+    descriptor, description = pack({"job": np.frombuffer(content, np.uint8), **arrays})
     return PackedJob({"kind": "job", "data": description}, descriptor)
 
 
@@ -157,22 +270,40 @@ def fit_job(message: dict[str, Any], descriptor: int) -> History:
     os.close(descriptor)
     settings = json.loads(arrays["job"].tobytes())
     config = configuration.from_dict(settings["config"])
-    parts = [
-        ArrayDataset(arrays[f"{name}_x"], arrays[f"{name}_y"]) if f"{name}_x" in arrays else None
-        for name in ("train", "validation")
-    ]
-    assert parts[0] is not None, "a job without training data"
-    prepared = Prepared(parts[0], parts[1], Preprocessing.from_dict(settings["preprocessing"]))
+    datasets = unpack_datasets(arrays, settings["datasets"])
+    preprocessing = Preprocessing.from_dict(settings["preprocessing"])
+    prepared = Prepared(datasets["train"], datasets.get("validation"), preprocessing)
     return fit(config, prepared, settings["out"])
 
 
 def _loss(config: Config, preprocessing: Preprocessing) -> Loss:
     """Return the loss, checked against what the data are."""
-    natural = "cross_entropy" if preprocessing.task == "classification" else "mean_squared_error"
-    name = natural if config.loss.name == "auto" else config.loss.name
-    if name != natural:
-        kind = "classes" if natural == "cross_entropy" else "numbers"
-        raise ConfigError(f"loss.name: the targets are {kind}, which needs {natural!r}, got {name!r}")
+    fitting = LOSSES_FOR[preprocessing.task]
+    name = fitting[0] if config.loss.name == "auto" else config.loss.name
+    if name not in fitting:
+        kind = "classes" if preprocessing.task == "classification" else "numbers"
+        raise ConfigError(
+            f"loss.name: the targets are {kind}, which needs {' or '.join(map(repr, fitting))}, got {name!r}"
+        )
+    if name == "binary_cross_entropy":
+        _check_yes_and_no(preprocessing)
     return build_loss(
-        name, label_smoothing=config.loss.label_smoothing, class_weights=config.loss.class_weights
+        name,
+        label_smoothing=config.loss.label_smoothing,
+        class_weights=config.loss.class_weights,
+        delta=config.loss.delta,
     )
+
+
+def _check_yes_and_no(preprocessing: Preprocessing) -> None:
+    """Refuse binary cross entropy for targets that are not yes and no."""
+    classes = preprocessing.classes
+    if classes is not None and len(classes) != 2:
+        raise ConfigError(
+            f"loss.name: expected two classes with 'binary_cross_entropy', got {len(classes)}; "
+            "'cross_entropy' takes any number"
+        )
+    if classes is None and preprocessing.mode != "none":
+        raise ConfigError(
+            "loss.name: 'binary_cross_entropy' wants numbers from 0 to 1 as they are; set data.normalize=none"
+        )

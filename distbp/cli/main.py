@@ -22,6 +22,8 @@ COMMANDS = {
     "config": "write, show and check configuration files",
     "doctor": "say what works on this machine, and how to cure what does not",
     "evaluate": "measure a trained model on a data set",
+    "export": "write a trained model as an ONNX file",
+    "generate": "write text with a trained language model",
     "inspect": "show what a checkpoint holds and whether it is whole",
     "predict": "apply a trained model to new data",
     "run": "run a script that uses the Python API on several workers",

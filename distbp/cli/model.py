@@ -23,7 +23,7 @@ from distbp import checkpoint
 from distbp import config as configuration
 from distbp.cli.job import build_trainer
 from distbp.config import Config
-from distbp.data import ArrayDataset, Preprocessing, Source, load
+from distbp.data import ArrayDataset, Preprocessing, Rows, load, treated
 from distbp.errors import CheckpointError, ConfigError, InputMissing
 from distbp.nn import Network
 from distbp.trainer import Trainer
@@ -59,7 +59,7 @@ class Samples:
     """
 
     dataset: ArrayDataset
-    targets: NDArray[Any]
+    targets: NDArray[Any] | Rows
     part: str
     labelled: bool
     note: str
@@ -135,14 +135,19 @@ def read_samples(
         )
     source = sources.validation if part == "validation" and sources.validation is not None else sources.train
     shown = "all" if sources.validation is None else part or "train"
-    return Samples(_dataset(model, source), source.y, shown, source.labelled and labelled, note)
+    dataset = treated(source, model.preprocessing)
+    return Samples(dataset, source.y, shown, source.labelled and labelled, note)
 
 
 def predict(model: TrainedModel, samples: Samples) -> NDArray[Any]:
-    """Return logits (N, C) float32 for classes, or numbers (N, O) float64 in the unit of the targets."""
+    """Return logits (N, C) float32 for classes, or numbers (N, O) float64 in the unit of the targets.
+
+    One output for two classes is the logit of the second one, where that of the first is 0.
+    """
     outputs = model.trainer.predict(samples.dataset.x)
     if model.preprocessing.task == "classification":
-        return outputs
+        one_for_two = outputs.shape[-1] == 1
+        return np.concatenate([np.zeros_like(outputs), outputs], axis=-1) if one_for_two else outputs
     return model.preprocessing.restore_targets(outputs)
 
 
@@ -154,7 +159,8 @@ def root_mean_square(model: TrainedModel, samples: Samples, predicted: NDArray[A
     """
     if model.preprocessing.task == "classification":
         return {}
-    squares = np.square(predicted - samples.targets.astype(np.float64))
+    targets = samples.targets[:].astype(np.float64)
+    squares = np.square(predicted - targets)
     roots = [root if math.isfinite(root) else None for root in np.sqrt(squares.mean(axis=0)).tolist()]
     return {"rmse": roots[0] if len(roots) == 1 else roots}
 
@@ -186,8 +192,3 @@ def _with_target(schema: dict[str, Any], target: str) -> dict[str, Any]:
             f"input; in training the labels were in {schema['target']!r}"
         )
     return schema | {"target": target}
-
-
-def _dataset(model: TrainedModel, source: Source) -> ArrayDataset:
-    """Return the samples of a source, normalised as in training: the same operation, so the same bits."""
-    return ArrayDataset(model.preprocessing.apply(source.x), model.preprocessing.apply_targets(source.y))

@@ -10,7 +10,16 @@ from typing import Any
 
 from distbp.backends.base import compare_values
 from distbp.backends.mpi import MPIMembership
-from distbp.cli.job import PackedJob, build_trainer, fit_job, fit_options, load_data, pack_job, run_name
+from distbp.cli.job import (
+    PackedJob,
+    build_trainer,
+    completed,
+    fit_job,
+    fit_options,
+    load_data,
+    pack_job,
+    run_name,
+)
 from distbp.cli.outcome import describe_plan, report
 from distbp.config import Config, to_dict
 from distbp.errors import ConfigError, DistbpError, EnvironmentMismatch
@@ -30,6 +39,7 @@ def train_on_ranks(read_config: Callable[[], Config], *, dry_run: bool) -> int:
     try:
         if members.local_rank == 0:
             prepared = load_data(config)
+            config = completed(config, prepared)
             trainer = build_trainer(config, prepared.preprocessing)
             options = fit_options(config, prepared.preprocessing, out)
             plan = trainer.plan(prepared.train, prepared.validation, workers=members.size, **options)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +52,20 @@ def report(out: Path) -> int:
     lines = (
         ", ".join(parts),
         f"run {shown}   parameters {result['parameters_sha256'][:16]}",
-        f"next: distbp predict {shown} DATA -o predictions.csv",
+        f"next: {_next_command(out, shown)}",
     )
     try:
         print("\n".join(lines), flush=True)
     except OSError:  # Nobody reads it (a pipe that was closed): the run is done all the same.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return int(result["exit_code"])
+
+
+def _next_command(out: Path, shown: str) -> str:
+    """Return what somebody would do with the model now."""
+    if tomllib.loads((out / "config.toml").read_text())["model"]["name"] == "transformer":
+        return f"distbp generate {shown}"
+    return f"distbp predict {shown} DATA -o predictions.csv"
 
 
 def _is_guessing(result: dict[str, Any]) -> bool:

@@ -1,9 +1,11 @@
 """`distbp predict`: the answers of a trained model for new data, as a file.
 
-    FILE.npy   classes: int64 (N,), the class names where all are whole numbers, else their codes;
+    FILE.npy   classes: int64 (N,), the class names where all are whole numbers, else their codes, or
+               (N, T) for texts: what is expected after each of T places;
                numbers: float32 (N,), or (N, outputs) where there are several
     FILE.csv   classes: `prediction` (the name) and `p_<class>` for each class;
-               numbers: `prediction`, or `prediction_0`, `prediction_1`, ...
+               numbers: `prediction`, or `prediction_0`, `prediction_1`, ...;
+               texts: for each place what is expected next, in `sample`, `position`, `prediction`, `p`
 
 Numbers are in the unit of the targets in training: the model's outputs are brought back to it in float64 and
 rounded once, to float32, which is how targets are read.
@@ -16,13 +18,10 @@ The file appears whole or not at all.  All predictions are held in memory before
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import os
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +52,7 @@ def command(model: str, data: str, output: str, part: str | None) -> None:
     path = Path(output)
     encode = _encoder(path)
     from distbp.cli.model import load_model, predict, root_mean_square
+    from distbp.cli.whole_file import write_whole
     from distbp.environment import limit_threads
 
     trained = load_model(model)
@@ -62,7 +62,7 @@ def command(model: str, data: str, output: str, part: str | None) -> None:
         figures: dict[str, Any] = {}
         if samples.labelled:
             figures = trained.trainer.evaluate(samples.dataset) | root_mean_square(trained, samples, outputs)
-    _write_whole(path, encode(outputs, trained.preprocessing))
+    write_whole(path, encode(outputs, trained.preprocessing))
     print(f"{len(outputs):,} predictions in {path}")
     for name, value in figures.items():
         if value is not None:
@@ -110,7 +110,7 @@ def _as_npy(outputs: Array, preprocessing: Preprocessing) -> bytes:
     if names is None:
         values = (outputs[:, 0] if outputs.shape[1] == 1 else outputs).astype(np.float32)
     else:
-        values = np.argmax(outputs, axis=1).astype(np.int64)
+        values = np.argmax(outputs, axis=-1).astype(np.int64)
         if all(map(_is_int64, names)):
             values = np.array([int(name) for name in names], np.int64)[values]
     stream = io.BytesIO()
@@ -137,6 +137,8 @@ def _as_csv(outputs: Array, preprocessing: Preprocessing) -> bytes:
         many = outputs.shape[1] > 1
         rows.append([f"prediction_{column}" if many else "prediction" for column in range(outputs.shape[1])])
         rows += [[f"{value:.9g}" for value in row] for row in outputs.astype(np.float32).tolist()]
+    elif outputs.ndim == 3:
+        rows += _rows_of_places(outputs, names)
     else:
         rows.append(["prediction", *(f"p_{name}" for name in names)])
         chosen = np.argmax(outputs, axis=1).tolist()
@@ -147,6 +149,18 @@ def _as_csv(outputs: Array, preprocessing: Preprocessing) -> bytes:
     return stream.getvalue().encode()
 
 
+def _rows_of_places(outputs: Array, names: tuple[str, ...]) -> Iterator[list[str]]:
+    """Yield the rows for `outputs` (N, T, C): one for each place of each sample, with the likeliest class."""
+    import numpy as np
+
+    yield ["sample", "position", "prediction", "p"]
+    for sample, logits in enumerate(outputs):
+        chosen = np.argmax(logits, axis=1).tolist()
+        likely = _probabilities(logits).max(axis=1).tolist()
+        for position, (code, p) in enumerate(zip(chosen, likely, strict=True)):
+            yield [str(sample), str(position), names[code], f"{p:.9g}"]
+
+
 def _probabilities(logits: Array) -> Array:
     """Return softmax of `logits` (N, C) in float64, shifted by the largest so that exp cannot overflow."""
     import numpy as np
@@ -155,30 +169,3 @@ def _probabilities(logits: Array) -> Array:
     exponentials: Array = np.exp(shifted)
     probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
     return probabilities
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of it.
-
-    The file is 0600, as everything that distbp writes.
-    """
-    from distbp.errors import CannotWrite
-
-    temporary = ""
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        temporary = ""
-    except OSError as error:
-        raise CannotWrite(
-            f"{path}: expected to write {len(content):,} bytes, got: {error.strerror}; make room, or choose "
-            "another place with -o"
-        ) from error
-    finally:
-        if temporary:
-            with contextlib.suppress(OSError):  # The error above is the one that matters.
-                os.unlink(temporary)

@@ -13,7 +13,7 @@ import numpy as np
 
 from distbp.backends.ray import RayJob
 from distbp.backends.ray_cluster import RayCluster, choose_hosts
-from distbp.cli.job import build_trainer, fit_options, load_data, pack_job, run_name, with_task_defaults
+from distbp.cli.job import build_trainer, completed, fit_options, load_data, pack_job, run_name
 from distbp.cli.outcome import describe_plan, report
 from distbp.cli.ray_worker import RayWorker
 from distbp.config import Config
@@ -29,6 +29,7 @@ SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 def train_on_ray(config: Config, *, dry_run: bool) -> int:
     """Check everything here, place the workers on the cluster, and say how it ended."""
     prepared = load_data(config)
+    config = completed(config, prepared)
     trainer = build_trainer(config, prepared.preprocessing)
     options = fit_options(config, prepared.preprocessing, config.run.out)
     threads, insecure = config.run.threads, config.run.ray_insecure
@@ -40,7 +41,7 @@ def train_on_ray(config: Config, *, dry_run: bool) -> int:
         hosts = choose_hosts(nproc, threads, cluster.nodes(), cluster.ip)
         plan = trainer.plan(prepared.train, prepared.validation, workers=nproc, **options)
         if dry_run:
-            describe_plan(with_task_defaults(config, prepared.preprocessing), "ray", nproc, plan)
+            describe_plan(config, "ray", nproc, plan)
             return 0
         run = RunDirectory.open(plan.out, run_name(config))
         out = run.path

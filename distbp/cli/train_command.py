@@ -110,16 +110,17 @@ def read_config(
 
 def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
     """Check what is left to check, start the workers, and say how it ended."""
-    from distbp.cli.job import build_trainer, fit, fit_options, pack_job, run_name, with_task_defaults
+    from distbp.cli.job import build_trainer, completed, fit, fit_options, pack_job, run_name
     from distbp.cli.outcome import describe_plan, report
     from distbp.run_directory import RunDirectory
 
+    config = completed(config, prepared)
     backend, nproc = choose_workers(config)
     trainer = build_trainer(config, prepared.preprocessing)
     options = fit_options(config, prepared.preprocessing, config.run.out)
     plan = trainer.plan(prepared.train, prepared.validation, workers=nproc, **options)
     if dry_run:
-        describe_plan(with_task_defaults(config, prepared.preprocessing), backend, nproc, plan)
+        describe_plan(config, backend, nproc, plan)
         return 0
     run = RunDirectory.open(plan.out, run_name(config))
     out = str(run.path)

@@ -4,6 +4,10 @@ The arrays are called `x` and `y`, or `x_train, y_train` with `x_val, y_val` or 
 validation, in either case; a directory holds them as `x.npy` and so on.  Integer `y` are class codes, float
 `y` regression targets.
 
+An array in an .npy file can stay there (`on_disk`; by itself where it is larger than half of the memory that
+this process may use).  Its samples are then read when they are wanted, and looked at for values that are not
+finite when their mean is taken.
+
 Never unpickled: the header is parsed by NumPy's literal parser, object arrays are refused, and the bytes that
 a header claims must be exactly the bytes that are there before anything is allocated (a 65 kB .npz can claim
 1 GiB). `np.load` is not used, because it allocates first.
@@ -23,9 +27,12 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distbp.cgroups import memory_bytes
 from distbp.data.base import Request, Source, Sources
 from distbp.data.canonical import canonical, check_validation_labels
-from distbp.errors import DataError, InputMissing
+from distbp.data.disk_rows import DiskRows
+from distbp.data.rows import Column
+from distbp.errors import ConfigError, DataError, InputMissing
 
 __all__ = ["matches", "read"]
 
@@ -48,8 +55,11 @@ HEADER_ERRORS = (
     tokenize.TokenError,
 )
 
+SHARE_OF_MEMORY = 0.5
+"""A file larger than this share of the memory stays where it is: sharing it with workers makes a copy."""
+
 # A name in lower case, and how to read what it names.
-Members = dict[str, Callable[[], NDArray[Any]]]
+Members = dict[str, Callable[[], Column]]
 
 
 def matches(path: Path) -> bool:
@@ -68,10 +78,14 @@ def read(request: Request) -> Sources:
     """
     path = request.path
     if path.is_dir():
-        return _from_members(request, _directory_members(path), "npy")
+        return _from_members(request, _directory_members(path, request.options.on_disk), "npy")
     with path.open("rb") as stream:
         if stream.read(len(NPY_MAGIC)) == NPY_MAGIC:
             return Sources(_read_npy_pair(request))
+        if request.options.on_disk:
+            raise ConfigError(
+                f"data.on_disk: expected an .npy file, rows of which can be read alone, got {str(path)!r}"
+            )
         try:
             with zipfile.ZipFile(stream) as archive:
                 return _from_members(request, _archive_members(path, archive), "npz")
@@ -106,14 +120,14 @@ def _pair(request: Request, members: Members, x_name: str, name: str, format_nam
             f"{sorted(members)!r}; "
             "name them x and y, or x_train, y_train, x_val, y_val"
         )
-    y = members[y_name]() if request.labelled else None
+    y = _in_memory(members[y_name]()) if request.labelled else None
     return canonical(name, format_name, members[x_name](), y, request.schema)
 
 
 def _read_npy_pair(request: Request) -> Source:
     """Return the source of one .npy file of samples and, where labels are wanted, its partner."""
     path = request.path
-    x = _read_npy_file(path)
+    x = _samples(path, request.options.on_disk)
     if not request.labelled:
         return canonical(str(path), "npy", x, None, request.schema)
     partner = path.with_name({"x": "y", "X": "Y"}.get(path.name[0], "y_") + path.name[1:])
@@ -125,10 +139,35 @@ def _read_npy_pair(request: Request) -> Source:
     return canonical(str(path), "npy", x, _read_npy_file(partner), request.schema)
 
 
-def _directory_members(directory: Path) -> Members:
-    """Return the .npy files of a directory by lower-case name."""
+def _directory_members(directory: Path, on_disk: bool | None = None) -> Members:
+    """Return the .npy files of a directory by lower-case name; those of samples may stay on the disk."""
     files = [p for p in sorted(directory.iterdir()) if p.suffix == ".npy" and p.is_file()]
-    return {p.stem.lower(): lambda p=p: _read_npy_file(p) for p in files}  # type: ignore[misc]
+    return {
+        p.stem.lower(): lambda p=p: _samples(p, on_disk) if p.stem[0] in "xX" else _read_npy_file(p)  # type: ignore[misc]
+        for p in files
+    }
+
+
+def _samples(path: Path, on_disk: bool | None) -> Column:
+    """Return the array in an .npy file, held, or as rows that stay in the file (None: if it is large)."""
+    if on_disk is None:
+        on_disk = path.stat().st_size > SHARE_OF_MEMORY * memory_bytes()
+    if not on_disk:
+        return _read_npy_file(path)
+    with path.open("rb") as stream:
+        shape, fortran_order, dtype = _read_header(str(path), stream)
+        if fortran_order or len(shape) < 2 or 0 in shape or dtype.kind == "b" or dtype.str[1:] == "f2":
+            raise DataError(
+                f"{path}: expected two dimensions or more in C order, of integers, float32 or float64, to "
+                f"read rows from the disk, got shape {shape!r} of {dtype}; write it again"
+            )
+        return DiskRows(str(path), stream.tell(), shape, dtype.str)
+
+
+def _in_memory(column: Column) -> NDArray[Any]:
+    """Return an array that is held: targets always are."""
+    assert isinstance(column, np.ndarray), "only samples stay on a disk"
+    return column
 
 
 def _archive_members(path: Path, archive: zipfile.ZipFile) -> Members:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.data.base import Schema, Source, Task
+from distbp.data.rows import Column
 from distbp.errors import DataError
 
 __all__ = ["array_schema", "canonical", "check_validation_labels"]
@@ -29,7 +30,7 @@ BLOCK_VALUES = 1 << 20
 
 
 def array_schema(
-    format_name: str, x: NDArray[Any], task: Task, classes: tuple[str, ...] | None, num_outputs: int
+    format_name: str, x: Column, task: Task, classes: tuple[str, ...] | None, num_outputs: int
 ) -> Schema:
     """Return the schema of an array format: shape of a sample, task, classes, numbers to put out."""
     return {
@@ -42,14 +43,16 @@ def array_schema(
 
 
 def canonical(
-    name: str, format_name: str, x: NDArray[Any], y: NDArray[Any] | None, schema: Schema | None = None
+    name: str, format_name: str, x: Column, y: NDArray[Any] | None, schema: Schema | None = None
 ) -> Source:
     """Return the checked `Source` of a file's arrays; `y` is None where there are no labels.
+
+    Samples that stay on a disk are checked for values that are not finite when their mean is taken.
 
     Raises DataError for empty data, wrong types or shapes, NaN, Inf, labels out of range, or a sample shape
     other than the schema's.
     """
-    x = _features(name, x)
+    x = _features(name, x) if isinstance(x, np.ndarray) else x
     _check_shape(name, x, schema)
     if y is None:
         return _unlabelled(name, format_name, x, schema)
@@ -84,12 +87,13 @@ def check_validation_labels(train: Source, validation: Source) -> None:
         )
     if train.task != "classification":
         return
-    unknown = np.flatnonzero(~np.isin(validation.y, np.unique(train.y)))
+    labels = validation.y[:]
+    unknown = np.flatnonzero(~np.isin(labels, np.unique(train.y[:])))
     if unknown.size:
         row = int(unknown[0])
         raise DataError(
             f"{validation.name}: sample {row}: expected a label that {train.name} has, got "
-            f"{int(validation.y[row])}; {unknown.size} samples have labels that training never shows"
+            f"{int(labels[row])}; {unknown.size} samples have labels that training never shows"
         )
 
 
@@ -127,7 +131,7 @@ def _check_finite(name: str, values: NDArray[Any], what: str) -> None:
         )
 
 
-def _check_shape(name: str, x: NDArray[Any], schema: Schema | None) -> None:
+def _check_shape(name: str, x: Column, schema: Schema | None) -> None:
     """Raise DataError if the samples are not shaped like the training data's."""
     if schema is None:
         return
@@ -196,7 +200,7 @@ def _class_codes(
     return np.ascontiguousarray(flat, dtype=np.int64)
 
 
-def _unlabelled(name: str, format_name: str, x: NDArray[Any], schema: Schema | None) -> Source:
+def _unlabelled(name: str, format_name: str, x: Column, schema: Schema | None) -> Source:
     """Return a source whose targets are zeros that mean nothing."""
     task: Task = "classification" if schema is None else schema["task"]
     listed = ["0"] if schema is None else schema["classes"]

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from distbp.data.base import Source, Sources
 from distbp.data.memory import ArrayDataset
 from distbp.data.preprocessing import Preprocessing, learn
+from distbp.data.rows import Column, Rows
+from distbp.data.selected import Selected
 from distbp.data.split import split
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "treated"]
 
 # Samples gathered at a time, so that the normalised copy is the only large one.
 ROWS = 4096
@@ -41,24 +43,36 @@ def prepare(
     fraction = 0.0 if held_out is not None and 0 <= validation_fraction < 1 else validation_fraction
     train_indices, validation_indices = _split(source, fraction, split, seed)
     preprocessing = learn(source, train_indices, normalize)
-    train = _dataset(source, train_indices, preprocessing)
+    train = treated(source, preprocessing, train_indices)
     if validation_fraction == 0:
         return Prepared(train, None, preprocessing)
     if held_out is not None:
-        everything = np.arange(len(held_out.x), dtype=np.int64)
-        return Prepared(train, _dataset(held_out, everything, preprocessing), preprocessing)
-    return Prepared(train, _dataset(source, validation_indices, preprocessing), preprocessing)
+        return Prepared(train, treated(held_out, preprocessing), preprocessing)
+    return Prepared(train, treated(source, preprocessing, validation_indices), preprocessing)
 
 
 # The keyword `split` of `prepare` is the configuration's name for it, and hides the function there.
 _split = split
 
 
-def _dataset(source: Source, indices: NDArray[np.int64], preprocessing: Preprocessing) -> ArrayDataset:
-    """Return the chosen samples, normalised, and their targets as the loss sees them."""
-    x = np.empty((len(indices), *preprocessing.sample_shape), np.float32)
+def treated(
+    source: Source, preprocessing: Preprocessing, indices: NDArray[np.int64] | None = None
+) -> ArrayDataset:
+    """Return the chosen samples (None: all), normalised, and their targets as the loss sees them.
+
+    Arrays are treated now and held; rows are treated when they are asked for.
+    """
+    if indices is None:
+        indices = np.arange(len(source.x), dtype=np.int64)
+    y: Column
+    if isinstance(source.y, Rows):
+        y = Selected(source.y, indices, preprocessing, targets=True)
+    else:
+        y = preprocessing.apply_targets(source.y[indices])
+    if isinstance(source.x, Rows):
+        return ArrayDataset(Selected(source.x, indices, preprocessing, targets=False), y)
+    x: NDArray[Any] = np.empty((len(indices), *preprocessing.sample_shape), preprocessing.sample_type)
     for start in range(0, len(indices), ROWS):
         chosen = indices[start : start + ROWS]
         preprocessing.apply(source.x[chosen], out=x[start : start + len(chosen)])
-    y: NDArray[Any] = preprocessing.apply_targets(source.y[indices])
     return ArrayDataset(x, y)

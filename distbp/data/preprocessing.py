@@ -22,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.data.base import Schema, Source, Task
+from distbp.data.rows import Column
 from distbp.errors import ConfigError, DataError
 
 __all__ = ["MODES", "Preprocessing", "learn"]
 
-MODES = ("auto", "none", "global", "feature")
+MODES = ("auto", "none", "targets", "global", "feature")
 
 # Samples are handled in blocks of about this many values: 2 MiB of float64 stay in the second-level cache.
 BLOCK_VALUES = 1 << 18
@@ -39,8 +40,8 @@ SMALLEST_STD = 1e-30
 class Preprocessing:
     """What was learnt from the training samples.
 
-    `mode` is "none" (`mean` and `std` empty), "global" (one number each) or "feature" (one for each value of
-    a flattened sample).
+    `mode` is "none" or "targets" (`mean` and `std` empty), "global" (one number each) or "feature" (one for
+    each value of a flattened sample).
 
     `target_mean` and `target_std` hold one number for each output of a regression.  They are empty, and
     targets stay as they are, for classes, where `mode` is "none", and in checkpoints that were written before
@@ -58,15 +59,15 @@ class Preprocessing:
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
 
-    def apply(self, x: NDArray[Any], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Return samples `x` (N, *sample_shape) as the model sees them: float32, new or in `out`.
+    def apply(self, x: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return samples `x` (N, *sample_shape) as the model sees them: float32 or codes, new or in `out`.
 
         The arithmetic is float32 where that holds every input exactly, else float64, rounded once.  Raises
         DataError if the samples have another shape.
         """
         if x.shape[1:] != self.sample_shape:
             raise DataError(f"expected samples of shape {self.sample_shape}, got {x.shape[1:]}")
-        result = np.empty(x.shape, np.float32) if out is None else out
+        result = np.empty(x.shape, self.sample_type) if out is None else out
         for start, stop in _blocks(len(x), self.sample_shape):
             result[start:stop] = self._apply_block(x[start:stop])
         return result
@@ -93,6 +94,16 @@ class Preprocessing:
         fields = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
+    @property
+    def sample_type(self) -> type:
+        """The type of samples as the model sees them: int64 for codes, else float32."""
+        return np.int64 if self.schema.get("codes") else np.float32
+
+    @property
+    def target_type(self) -> type:
+        """The type of targets as the loss sees them: int64 for classes, else float32."""
+        return np.int64 if self.task == "classification" else np.float32
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """Return what `to_dict` described.  Raises DataError if a part is missing or does not fit."""
@@ -117,7 +128,9 @@ class Preprocessing:
 
     def _check(self) -> None:
         """Raise DataError unless the fields fit together."""
-        expected = {"none": 0, "global": 1, "feature": math.prod(self.sample_shape)}.get(self.mode)
+        expected = {"none": 0, "targets": 0, "global": 1, "feature": math.prod(self.sample_shape)}.get(
+            self.mode
+        )
         targets = len(self.target_mean)
         fits = (
             expected == len(self.mean) == len(self.std)
@@ -138,10 +151,10 @@ class Preprocessing:
                 f"for {self.num_outputs} outputs"
             )
 
-    def _apply_block(self, x: NDArray[Any]) -> NDArray[np.float32]:
+    def _apply_block(self, x: NDArray[Any]) -> NDArray[Any]:
         """Return one block of samples as the model sees it."""
-        if self.mode == "none":
-            return x.astype(np.float32)
+        if not self.mean:
+            return x.astype(self.sample_type)
         exact = x.dtype == np.float32 or (x.dtype.kind in "iu" and x.dtype.itemsize <= 2)
         work = np.float32 if exact else np.float64
         shape = () if self.mode == "global" else self.sample_shape
@@ -156,20 +169,33 @@ class Preprocessing:
 def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "auto") -> Preprocessing:
     """Return the preprocessing learnt from the samples `train_indices` of `source`.
 
-    `normalize` is "none", "global", "feature", or "auto": global for images (two dimensions or more), by
-    feature for tables.  A feature or target that never changes is only shifted.  Raises ConfigError for
+    `normalize` is "none", "targets" (samples stay as they are), "global", "feature", or "auto": global for
+    images (two dimensions or more) and sounds, by feature for tables, and targets where the schema says that
+    samples are scaled.  A feature or target that never changes is only shifted.  Raises ConfigError for
     another word.
     """
     if normalize not in MODES:
         raise ConfigError(f"data.normalize: expected one of {', '.join(MODES)}, got {normalize!r}")
     sample_shape = source.x.shape[1:]
-    mode = normalize if normalize != "auto" else ("global" if len(sample_shape) >= 2 else "feature")
+    if source.schema.get("codes"):
+        if normalize not in ("auto", "none"):
+            raise ConfigError(
+                f"data.normalize: samples of {source.name} are codes, expected none, got {normalize!r}"
+            )
+        normalize = "none"
+    mode = _natural_mode(source) if normalize == "auto" else normalize
+    codes = [feature for feature, _ in source.schema.get("codes_at", [])]
+    if codes and mode == "global":
+        raise ConfigError(
+            f"data.normalize: {source.name} has columns of codes, expected 'feature' or 'none', got 'global'"
+        )
     mean: NDArray[np.float64] = np.empty(0)
     std: NDArray[np.float64] = np.empty(0)
     target_mean: NDArray[np.float64] = np.empty(0)
     target_std: NDArray[np.float64] = np.empty(0)
-    if mode != "none":
+    if mode in ("global", "feature"):
         mean, std = _statistics(source.x, train_indices, over_everything=mode == "global")
+        mean[codes], std[codes] = 0.0, 1.0
     if mode != "none" and source.task == "regression":
         target_mean, target_std = _statistics(source.y, train_indices, over_everything=False)
     return Preprocessing(
@@ -186,8 +212,15 @@ def learn(source: Source, train_indices: NDArray[np.int64], normalize: str = "au
     )
 
 
+def _natural_mode(source: Source) -> str:
+    """Return the mode that fits the samples."""
+    if source.schema.get("scaled"):
+        return "targets"
+    return "global" if len(source.x.shape) >= 3 or source.schema.get("sound") else "feature"
+
+
 def _statistics(
-    x: NDArray[Any], indices: NDArray[np.int64], *, over_everything: bool
+    x: Column, indices: NDArray[np.int64], *, over_everything: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return mean and standard deviation of the chosen rows of `x`, each (1,) or (number of features,)."""
     num_features = math.prod(x.shape[1:])
@@ -196,6 +229,9 @@ def _statistics(
     least, greatest = np.full(num_features, np.inf), np.full(num_features, -np.inf)
     for rows in _rows(x, indices):
         total += rows.sum(axis=0)
+        # Arrays were checked, with the place, when they were read; what stays on a disk is seen here first.
+        if not np.isfinite(total).all():
+            raise DataError("expected finite samples, got NaN or Inf in one of them; repair or remove it")
         np.minimum(least, rows.min(axis=0), out=least)
         np.maximum(greatest, rows.max(axis=0), out=greatest)
     if over_everything:
@@ -216,7 +252,7 @@ def _statistics(
     return mean, std
 
 
-def _rows(x: NDArray[Any], indices: NDArray[np.int64]) -> Iterator[NDArray[np.float64]]:
+def _rows(x: Column, indices: NDArray[np.int64]) -> Iterator[NDArray[np.float64]]:
     """Yield the chosen samples as new float64 (rows, number of features), block by block."""
     for start, stop in _blocks(len(indices), x.shape[1:]):
         yield x[indices[start:stop]].reshape(stop - start, -1).astype(np.float64)

@@ -29,7 +29,7 @@ from distbp.partition import round_up
 __all__ = ["Description", "attach", "pack"]
 
 ALIGNMENT = 64
-TYPES = ("uint8", "int64", "float32", "float64")
+TYPES = ("uint8", "uint16", "uint32", "int64", "float32", "float64")
 MAX_DIMENSIONS = 8
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.data.base import Source
-from distbp.data.order import permute
+from distbp.data.permutation import permute
 from distbp.errors import ConfigError
 
 __all__ = ["split"]
@@ -24,12 +24,15 @@ def split(
     """Return the sample numbers for training and for validation, each ascending.
 
     `fraction` of the samples, rounded half up but at least one, is held out: with `how="random"` those that
-    come last in a keyed permutation, with `how="tail"` the last ones of the file (for data in order of time).
-    A fraction of 0 holds out none.  Raises ConfigError if nothing would be left for training.
+    come last in a keyed permutation, with `how="tail"` the last ones of the file (for data in order of time);
+    "auto" is "tail" where the schema says that samples are ordered.  A fraction of 0 holds out none.  Raises
+    ConfigError if nothing would be left for training.
     """
     size = len(source.x)
-    if how not in ("random", "tail"):
-        raise ConfigError(f"data.split: expected 'random' or 'tail', got {how!r}")
+    if how not in ("auto", "random", "tail"):
+        raise ConfigError(f"data.split: expected 'auto', 'random' or 'tail', got {how!r}")
+    if how == "auto":
+        how = "tail" if source.schema.get("ordered") else "random"
     if not 0 <= fraction < 1:
         raise ConfigError(
             f"data.validation_fraction: expected a number from 0 up to below 1, got {fraction!r}"

@@ -1,9 +1,11 @@
 """Tables: CSV and TSV files with a header line, one sample a line.
 
 A column whose values all are numbers becomes one feature.  A column of texts becomes one feature per distinct
-text (1 where the sample has it), in sorted order.  A column that is mostly numbers and has a text in it is a
-mistake in the file and is refused with its line and column; so are empty values, NaN and lines of another
-length.
+text (1 where the sample has it), in sorted order; or, with the option `categories="codes"`, one feature that
+holds the number of the text, counted from 1, for models that keep a row for each (`schema["codes_at"]` says
+where, and how many rows).  The option `categorical` names columns of numbers that are to be read as texts: a
+user's number is a name.  A column that is mostly numbers and has a text in it is a mistake in the file and is
+refused with its line and column; so are empty values, NaN and lines of another length.
 
 The target column holds texts or few distinct whole numbers (classification) or other numbers (regression).
 What was found is the schema: with it another file is read alike, whatever the order of its columns; a text
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +28,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distbp.data.base import Request, Schema, Source, Sources, Task
+from distbp.data.base import Options, Request, Schema, Source, Sources, Task
 from distbp.errors import ConfigError, DataError
 
-__all__ = ["matches", "read"]
+__all__ = ["Table", "check_header", "matches", "read", "sources_of"]
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 USUAL_TARGETS = ("target", "label", "class", "y")
 
 # A column with more texts than this is a name or a key, and would become that many features.
-MAX_CATEGORIES = 1000
+MAX_CATEGORIES = {"category": 1000, "code": 2**24 - 1}
 
 # Whole numbers are classes if there are at most this many of them, or one for so many samples.
 FEW_CLASSES = 20
@@ -43,11 +46,15 @@ SAMPLES_PER_CLASS = 1000
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a file by column, stripped, and the line in the file where each row ends."""
+    """The cells of a file by column, stripped, and the line in the file where each row ends.
+
+    `unit` is the word for such a line.
+    """
 
     path: Path
     columns: dict[str, list[str]]
-    lines: list[int]
+    lines: Sequence[int]
+    unit: str = "line"
 
 
 def matches(path: Path) -> bool:
@@ -61,7 +68,11 @@ def read(request: Request) -> Sources:
     Raises DataError for content that cannot be used, ConfigError if the target column is missing or not
     named.
     """
-    table = _parse(request.path)
+    return sources_of(_parse(request.path), request)
+
+
+def sources_of(table: Table, request: Request) -> Sources:
+    """Return a parsed table as samples and targets, by the request's schema or one that is learnt from it."""
     schema = request.schema
     if schema is None:
         schema = _learn_schema(table, request)
@@ -86,7 +97,7 @@ def _parse(path: Path) -> Table:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
             header = [name.strip() for name in next(reader, [])]
-            _check_header(path, header)
+            check_header(path, header)
             for row in reader:
                 if not row:
                     continue
@@ -115,7 +126,7 @@ def _parse(path: Path) -> Table:
     return Table(path, cells, lines)
 
 
-def _check_header(path: Path, header: list[str]) -> None:
+def check_header(path: Path, header: list[str]) -> None:
     """Raise DataError unless the first line names every column, each differently."""
     if not header:
         raise DataError(
@@ -147,10 +158,33 @@ def _learn_schema(table: Table, request: Request) -> Schema:
     classes: list[str] | None = ["0"]
     if request.labelled and target is not None:
         task, classes = _learn_classes(table, target)
-    columns = [_learn_column(table, name) for name in table.columns if name != target]
+    _check_categorical(table, request.options.categorical, target)
+    columns = [_learn_column(table, name, request.options) for name in table.columns if name != target]
     if not columns:
         raise DataError(f"{table.path}: expected columns beside the target {target!r}, got none")
-    return {"format": "table", "target": target, "columns": columns, "task": task, "classes": classes}
+    schema = {"format": "table", "target": target, "columns": columns, "task": task, "classes": classes}
+    codes = _codes_at(columns)
+    return schema | {"codes_at": codes} if codes else schema
+
+
+def _check_categorical(table: Table, names: tuple[str, ...], target: str | None) -> None:
+    """Raise ConfigError if a column that is to be read as texts is none, or is the target."""
+    for name in names:
+        if name not in table.columns or name == target:
+            raise ConfigError(
+                f"data.categorical: expected columns of {table.path} beside the target, got {name!r}; it has "
+                f"{', '.join(list(table.columns)[:20])}"
+            )
+
+
+def _codes_at(columns: list[dict[str, Any]]) -> list[list[int]]:
+    """Return pairs (feature, number of codes) of the features that hold codes; 0 is what is unknown."""
+    found, feature = [], 0
+    for column in columns:
+        if column["kind"] == "code":
+            found.append([feature, len(column["categories"]) + 1])
+        feature += len(column["categories"]) if column["kind"] == "category" else 1
+    return found
 
 
 def _target_name(table: Table, wanted: str | None) -> str:
@@ -185,19 +219,20 @@ def _learn_classes(table: Table, target: str) -> tuple[Task, list[str] | None]:
     return "regression", None
 
 
-def _learn_column(table: Table, name: str) -> dict[str, Any]:
+def _learn_column(table: Table, name: str, options: Options) -> dict[str, Any]:
     """Return the schema of one feature column."""
     _check_filled(table, name)
-    if not _is_text(table, name):
+    if not _is_text(table, name) and name not in options.categorical:
         return {"name": name, "kind": "number"}
     categories = sorted(set(table.columns[name]))
-    if len(categories) > MAX_CATEGORIES:
+    kind = "code" if options.categories == "codes" else "category"
+    if len(categories) > MAX_CATEGORIES[kind]:
         raise DataError(
-            f"{table.path}: column {name!r}: expected numbers or at most {MAX_CATEGORIES} different texts, "
-            "got "
-            f"{len(categories)}; remove the column if it is a name or a key"
+            f"{table.path}: column {name!r}: expected numbers or at most {MAX_CATEGORIES[kind]} different "
+            f"texts, got {len(categories)}; remove the column if it is a name or a key, or take the model "
+            "'tabular', which reads each as a code"
         )
-    return {"name": name, "kind": "category", "categories": categories}
+    return {"name": name, "kind": kind, "categories": categories}
 
 
 def _is_text(table: Table, name: str) -> bool:
@@ -220,6 +255,8 @@ def _features(table: Table, schema: Schema) -> NDArray[np.float64]:
         _check_filled(table, name)
         if column["kind"] == "number":
             blocks.append(_numbers(table, name)[:, np.newaxis])
+        elif column["kind"] == "code":
+            blocks.append(_codes(table.columns[name], column["categories"])[:, np.newaxis])
         else:
             blocks.append(_one_hot(table.columns[name], column["categories"]))
     return np.concatenate(blocks, axis=1)
@@ -233,6 +270,12 @@ def _one_hot(values: list[str], categories: list[str]) -> NDArray[np.float64]:
         if value in positions:
             result[row, positions[value]] = 1
     return result
+
+
+def _codes(values: list[str], categories: list[str]) -> NDArray[np.float64]:
+    """Return the number of each value's category, counted from 1; 0 for unknown ones."""
+    positions = {category: number for number, category in enumerate(categories, 1)}
+    return np.array([positions.get(value, 0) for value in values], np.float64)
 
 
 def _target(table: Table, schema: Schema) -> NDArray[Any]:
@@ -293,7 +336,7 @@ def _check_filled(table: Table, name: str) -> None:
 
 def _cell(table: Table, name: str, row: int) -> str:
     """Return where a value stands, for messages."""
-    return f"{table.path}: line {table.lines[row]}, column {name!r}"
+    return f"{table.path}: {table.unit} {table.lines[row]}, column {name!r}"
 
 
 def _number(text: str) -> float | None:

@@ -16,7 +16,7 @@ import numpy as np
 from distbp.errors import ConfigError
 from distbp.nn.layer import Array, Context, Layer, Shape
 
-__all__ = ["GELU", "LeakyReLU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
+__all__ = ["GELU", "LeakyReLU", "ReLU", "SiLU", "Sigmoid", "Softmax", "Tanh"]
 
 
 class ReLU(Layer):
@@ -114,6 +114,33 @@ class Sigmoid(Layer):
             return None
         dx = np.subtract(1, self._y, out=self.buffer("dx", dy.shape, dy.dtype))
         np.multiply(dx, self._y, out=dx)
+        return np.multiply(dy, dx, out=dx)
+
+
+class SiLU(Layer):
+    """y = x sigmoid(x), also called swish (Elfwing, Uchibe and Doya, 2017)."""
+
+    def build(self, input_shape: Shape) -> Shape:
+        """Keep the shape."""
+        return input_shape
+
+    def forward(self, x: Array, context: Context) -> Array:
+        """Return x (1 + tanh(x/2)) / 2, the form of Sigmoid."""
+        self._x = x
+        sigmoid = np.multiply(x, 0.5, out=self.buffer("sigmoid", x.shape, x.dtype))
+        np.tanh(sigmoid, out=sigmoid)
+        np.multiply(sigmoid, 0.5, out=sigmoid)
+        self._sigmoid = np.add(sigmoid, 0.5, out=sigmoid)
+        return np.multiply(x, sigmoid, out=self.buffer("y", x.shape, x.dtype))
+
+    def backward(self, dy: Array, want_dx: bool = True) -> Array | None:
+        """Return dx = dy · s (1 + x (1 - s)), s = sigmoid(x), because y = x s and s' = s (1 - s)."""
+        if not want_dx:
+            return None
+        dx = np.subtract(1, self._sigmoid, out=self.buffer("dx", dy.shape, dy.dtype))
+        np.multiply(dx, self._x, out=dx)
+        np.add(dx, 1, out=dx)
+        np.multiply(dx, self._sigmoid, out=dx)
         return np.multiply(dy, dx, out=dx)
 
 

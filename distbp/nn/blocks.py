@@ -20,6 +20,11 @@ class Sequential(Layer):
     def __init__(self, *layers: Layer) -> None:
         self.layers = layers
 
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the first layer takes codes."""
+        return bool(self.layers) and self.layers[0].takes_codes
+
     def build(self, input_shape: Shape) -> Shape:
         """Build each layer for the output of the one before, and find out which of them need a dx.
 
@@ -65,45 +70,52 @@ class Sequential(Layer):
 
 
 class Residual(Layer):
-    """y = x + inner(x), for an inner layer that keeps the shape (He et al., CVPR 2016)."""
+    """y = shortcut(x) + inner(x) (He et al., CVPR 2016); without a shortcut y = x + inner(x)."""
 
-    def __init__(self, inner: Layer) -> None:
+    def __init__(self, inner: Layer, shortcut: Layer | None = None) -> None:
         self.inner = inner
+        self.shortcut = shortcut
 
     def build(self, input_shape: Shape) -> Shape:
-        """Build the inner layer; ConfigError if its output has another shape than its input."""
+        """Build the inner layers; ConfigError if their outputs do not have one shape."""
         output_shape = self.inner.build(input_shape)
-        if output_shape != input_shape:
+        expected = input_shape if self.shortcut is None else self.shortcut.build(input_shape)
+        if output_shape != expected:
+            what = f"keeps the shape {expected!r}" if self.shortcut is None else f"makes {expected!r}, too,"
             raise ConfigError(
-                f"Residual: expected an inner layer that keeps the shape {input_shape!r}, "
-                f"got one that makes {output_shape!r} of it"
+                f"Residual: expected an inner layer that {what} of samples of shape {input_shape!r}, "
+                f"got one that makes {output_shape!r}"
             )
-        return input_shape
+        return output_shape
 
     def parameters(self) -> list[tuple[str, Parameter]]:
-        """Return the inner layer's parameters under "inner."."""
+        """Return the inner layer's parameters under "inner.", then those of the shortcut."""
         return _named_parameters(self.children())
 
     def children(self) -> list[tuple[str, Layer]]:
-        """Return the inner layer."""
-        return [("inner", self.inner)]
+        """Return the inner layer, and the shortcut if there is one."""
+        inner: list[tuple[str, Layer]] = [("inner", self.inner)]
+        return inner if self.shortcut is None else [*inner, ("shortcut", self.shortcut)]
 
     def multiply_adds(self) -> int:
-        """Return those of the inner layer."""
-        return self.inner.multiply_adds()
+        """Return the sum over both paths."""
+        return sum(layer.multiply_adds() for _, layer in self.children())
 
     def forward(self, x: Array, context: Context) -> Array:
-        """Return x + inner(x)."""
-        y = self.buffer("y", x.shape, x.dtype)
-        return np.add(x, self.inner.forward(x, context), out=y)
+        """Return shortcut(x) + inner(x)."""
+        inner = self.inner.forward(x, context)
+        past = x if self.shortcut is None else self.shortcut.forward(x, context)
+        return np.add(past, inner, out=self.buffer("y", inner.shape, inner.dtype))
 
     def backward(self, dy: Array, want_dx: bool = True) -> Array | None:
-        """Return dx = dy + Jᵀ dy, because ∂(x + f(x))/∂x = 1 + J."""
+        """Return dx = dy + Jᵀ dy, because ∂(x + f(x))/∂x = 1 + J; a shortcut has a J of its own for the 1."""
+        past = dy if self.shortcut is None else self.shortcut.backward(dy, want_dx)
         through_inner = self.inner.backward(dy, want_dx)
         if not want_dx:
             return None
+        assert past is not None, "the shortcut was asked for dx and returned None"
         assert through_inner is not None, "the inner layer was asked for dx and returned None"
-        return np.add(dy, through_inner, out=self.buffer("dx", dy.shape, dy.dtype))
+        return np.add(past, through_inner, out=self.buffer("dx", past.shape, past.dtype))
 
 
 class Parallel(Layer):
@@ -112,7 +124,14 @@ class Parallel(Layer):
     def __init__(self, *branches: Layer) -> None:
         if not branches:
             raise ConfigError("Parallel: expected at least one branch, got none")
+        if len({branch.takes_codes for branch in branches}) > 1:
+            raise ConfigError("Parallel: expected branches that all take codes, or all numbers, got both")
         self.branches = branches
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the branches take codes."""
+        return self.branches[0].takes_codes
 
     def build(self, input_shape: Shape) -> Shape:
         """Build the branches; ConfigError if their outputs differ in more than the last axis."""

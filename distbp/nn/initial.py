@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp import random
-from distbp.nn.layer import Parameter
+from distbp.nn.layer import Initial, Parameter
 
 __all__ = [
     "glorot_normal",
@@ -30,6 +30,8 @@ __all__ = [
     "lecun_normal",
     "lecun_uniform",
     "ones",
+    "scaled",
+    "small_normal",
     "zeros",
 ]
 
@@ -62,6 +64,20 @@ def lecun_normal(parameter: Parameter, seed: int) -> NDArray[np.float64]:
 def lecun_uniform(parameter: Parameter, seed: int) -> NDArray[np.float64]:
     """Return uniform values of variance 1 / fan_in."""
     return _uniform(parameter, seed, 1.0 / parameter.fan_in)
+
+
+def small_normal(parameter: Parameter, seed: int) -> NDArray[np.float64]:
+    """Return normal values of deviation 0.02, as GPT-2 starts its embeddings (Radford et al., 2019)."""
+    return _normal(parameter, seed, 0.02**2)
+
+
+def scaled(initial: Initial, factor: float) -> Initial:
+    """Return a start whose values are `factor` times those of `initial`."""
+
+    def start(parameter: Parameter, seed: int) -> NDArray[np.float64]:
+        return initial(parameter, seed) * factor
+
+    return start
 
 
 def zeros(parameter: Parameter, seed: int) -> NDArray[np.float64]:

@@ -9,8 +9,12 @@ it when they run inside one micro-batch.  Gradients of different micro-batches a
 hands a *leaf*, a function that writes the gradients of some micro-batches where it is told to, and whoever
 bound the sink adds them in the order that makes all runs equal.
 
-A layer knows neither rank nor optimizer nor how gradients are reduced, and it learns neither its own name nor
-where its parameters lie: the Network tells the parameters.
+A layer knows neither rank nor optimizer nor how gradients are reduced, nor where its parameters lie: the
+Network tells the parameters.  Of its own place in the model it knows a name, for keys of random numbers only.
+
+What a layer learns by watching and not by gradients, the running statistics of BatchNorm, is a `Statistic`:
+each training pass leaves a value for each micro-batch, whoever runs the steps averages them over
+micro-batches and over time, and evaluation reads the average.
 """
 
 from __future__ import annotations
@@ -24,7 +28,18 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Array", "Context", "Initial", "Layer", "Leaf", "Parameter", "Shape", "Sink"]
+__all__ = [
+    "Array",
+    "Buffered",
+    "Context",
+    "Initial",
+    "Layer",
+    "Leaf",
+    "Parameter",
+    "Shape",
+    "Sink",
+    "Statistic",
+]
 
 Array: TypeAlias = NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
@@ -97,14 +112,79 @@ class Parameter:
         self._sink(self, leaf)
 
 
-class Layer(ABC):
+class Buffered:
+    """Whatever keeps arrays from step to step, so that a steady step allocates nothing large."""
+
+    def buffer(self, name: str, shape: Shape, dtype: DTypeLike) -> Array:
+        """Return this object's array called `name`; the same one as long as shape and dtype stay the same.
+
+        Its content is what was left there.  A fresh large array costs page faults in every step, a reused
+        one does not; a change of G or b pays once.
+        """
+        # Made here and not in __init__, so that a layer need not remember to call super().__init__().
+        buffers: dict[str, Array] = self.__dict__.setdefault("_buffers", {})
+        array = buffers.get(name)
+        if array is None or array.shape != shape or array.dtype != dtype:
+            array = buffers[name] = np.zeros(shape, dtype)
+        return array
+
+
+class Statistic:
+    """A number or vector that describes each micro-batch, and its average over the steps so far.
+
+    The average begins at `start` and moves by `rate` of the distance to the mean of a step's micro-batches:
+    average + rate * (mean - average).
+    """
+
+    __slots__ = ("_average", "_observed", "rate", "shape", "start")
+
+    def __init__(self, shape: Shape, *, start: float, rate: float) -> None:
+        self.shape = shape
+        self.start = start
+        self.rate = rate
+        self._average: Array | None = None
+        self._observed: Array | None = None
+
+    @property
+    def average(self) -> Array:
+        """View of the current average, float64 of `shape`, never to be written to."""
+        assert self._average is not None, (
+            "a statistic has no average: call Network.use_statistics(vector) first"
+        )
+        return self._average
+
+    def bind(self, average: Array) -> None:
+        """Point `average` at a view."""
+        self._average = average
+
+    @property
+    def observed(self) -> Array:
+        """The values of the micro-batches of the last training pass, shape (G, *shape)."""
+        assert self._observed is not None, "no training pass has left a value"
+        return self._observed
+
+    def observe(self, values: Array) -> None:
+        """Leave a value for each micro-batch, shape (G, *shape); referenced until the next training pass."""
+        self._observed = values
+
+
+class Layer(Buffered, ABC):
     """One differentiable function of stacked micro-batches.
 
     A layer never writes into `x` or `dy`.  What it returns is its own (or a view of its argument, as from
     Flatten) and holds until its next forward or backward call; it may keep `x` from forward to backward for
     the same reason.  The dtype of all results follows the input: float32 in training, float64 when gradients
     are checked.  An instance stands in one place of one model, because it remembers one forward pass.
+
+    A layer with `takes_codes` (Embedding) takes integers, which have no derivative: it returns None for dx.
     """
+
+    _place = ""
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether samples are integer codes and not numbers."""
+        return False
 
     @abstractmethod
     def build(self, input_shape: Shape) -> Shape:
@@ -133,19 +213,14 @@ class Layer(ABC):
         """Return the layers that this one contains, by relative name."""
         return []
 
+    def statistics(self) -> list[tuple[str, Statistic]]:
+        """Return the statistics made by `build` of this layer itself, without those of its children."""
+        return []
+
+    def stand_at(self, place: str) -> None:
+        """Take a name that no other layer of the model has; it tells random numbers of two layers apart."""
+        self._place = place
+
     def multiply_adds(self) -> int:
         """Return the multiply-adds of the products of one sample's forward pass; 0 for elementwise work."""
         return 0
-
-    def buffer(self, name: str, shape: Shape, dtype: DTypeLike) -> Array:
-        """Return this layer's array called `name`; the same one as long as shape and dtype stay the same.
-
-        Its content is what was left there.  A fresh large array costs page faults in every step, a reused
-        one does not; a change of G or b pays once.
-        """
-        # Made here and not in __init__, so that a layer need not remember to call super().__init__().
-        buffers: dict[str, Array] = self.__dict__.setdefault("_buffers", {})
-        array = buffers.get(name)
-        if array is None or array.shape != shape or array.dtype != dtype:
-            array = buffers[name] = np.zeros(shape, dtype)
-        return array

@@ -4,16 +4,20 @@ The network names the parameters, gives each its place in the vector, and runs f
 over stacked micro-batches.  The vectors belong to others: `use` points the parameters at the current
 generation of the state, and gradients leave as leaves through the bound sink (layer.py), in the reverse
 order of the parameters.  It knows nothing of steps, ranks, optimizers and how gradients are added.
+
+Statistics (layer.py) have a vector of their own, float64, which exists once beside the parameters: training
+never reads it, evaluation reads nothing else of what the layers have watched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distbp.errors import ConfigError, DataError
-from distbp.nn.layer import Array, Context, Layer, Parameter, Shape, Sink
+from distbp.nn.layer import Array, Context, Layer, Parameter, Shape, Sink, Statistic
 from distbp.nn.layout import Layout, arrange
 from distbp.nn.losses import Loss, Sums
 
@@ -25,13 +29,14 @@ _EVALUATION = Context(training=False)
 class Network:
     """A model for samples of `input_shape`, with its loss.
 
-    `layout` places its parameters, `num_parameters` counts them without padding, `multiply_adds` is the
-    forward cost of a sample, `output_shape` is that of a sample.  A layer belongs to the network that was
-    built from it last.  ConfigError if shapes do not fit, or if one layer object stands in two places.
+    `layout` places its parameters and `statistics_layout` its statistics, `num_parameters` counts the former
+    without padding, `multiply_adds` is the forward cost of a sample, `output_shape` is that of a sample.  A
+    layer belongs to the network that was built from it last.  ConfigError if shapes do not fit, or if one
+    layer object stands in two places.
     """
 
     def __init__(self, layer: Layer, input_shape: Shape, loss: Loss) -> None:
-        _refuse_shared_layers(layer)
+        _tell_places(layer)
         self.layer = layer
         self.loss = loss
         self.input_shape = tuple(input_shape)
@@ -43,6 +48,13 @@ class Network:
         for (name, parameter), offset in zip(named, self.layout.offsets, strict=True):
             parameter.name = name
             parameter.offset = offset
+        watched = [
+            (f"{path}.{name}".lstrip("."), statistic)
+            for path, part in _walk(layer)
+            for name, statistic in part.statistics()
+        ]
+        self.statistics: list[Statistic] = [statistic for _, statistic in watched]
+        self.statistics_layout: Layout = arrange([(name, statistic.shape) for name, statistic in watched])
         self.num_parameters = sum(parameter.size for parameter in self.parameters)
         self.multiply_adds = layer.multiply_adds()
 
@@ -61,17 +73,45 @@ class Network:
         for parameter, view in zip(self.parameters, views, strict=True):
             parameter.bind(view)
 
+    def begin_statistics(self, vector: NDArray[np.float64]) -> None:
+        """Write what the averages begin with into `vector` of shape (statistics_layout.size,), padding 0."""
+        vector.fill(0)
+        for statistic, view in zip(self.statistics, self.statistics_layout.views(vector), strict=True):
+            view.fill(statistic.start)
+
+    def use_statistics(self, vector: NDArray[np.float64]) -> None:
+        """Point every statistic at its average in `vector`, which evaluation then reads."""
+        for statistic, view in zip(self.statistics, self.statistics_layout.views(vector), strict=True):
+            statistic.bind(view)
+
+    def write_statistics(self, rows: NDArray[np.float64]) -> None:
+        """Write what the last training pass observed into `rows`, (G, statistics_layout.size)."""
+        for statistic, (offset, length) in zip(
+            self.statistics, self.statistics_layout.borders(), strict=True
+        ):
+            rows[:, offset : offset + length] = statistic.observed.reshape(len(rows), length)
+
+    def move_statistics(self, vector: NDArray[np.float64], means: NDArray[np.float64]) -> None:
+        """Move the averages in `vector` towards the `means` of a step, both (statistics_layout.size,)."""
+        views = self.statistics_layout.views
+        for statistic, average, mean in zip(self.statistics, views(vector), views(means), strict=True):
+            average += statistic.rate * (mean - average)
+
     def send_gradients_to(self, sink: Sink) -> None:
         """Let every backward pass hand each leaf to `sink(parameter, leaf)`, last layers first."""
         for parameter in self.parameters:
             parameter.send_to(sink)
 
     def forward(self, x: Array, context: Context) -> Array:
-        """Return the outputs for stacked micro-batches `x`: (G, b, *input_shape), float32 or float64."""
-        if x.shape[2:] != self.input_shape or x.ndim < 2 or x.dtype.kind != "f":
+        """Return the outputs for stacked micro-batches `x`: (G, b, *input_shape).
+
+        They are float32 or float64, or integers where the model begins with an Embedding.
+        """
+        kinds, named = ("iu", "integers") if self.layer.takes_codes else ("f", "float32 or float64")
+        if x.shape[2:] != self.input_shape or x.ndim < 2 or x.dtype.kind not in kinds:
             raise DataError(
                 f"expected stacked micro-batches of shape (G, b, {', '.join(map(str, self.input_shape))}) in "
-                f"float32 or float64, got shape {x.shape!r} in {x.dtype}; the model was built for samples of "
+                f"{named}, got shape {x.shape!r} in {x.dtype}; the model was built for samples of "
                 f"shape {self.input_shape!r}"
             )
         return self.layer.forward(x, context)
@@ -90,16 +130,21 @@ class Network:
         return self.loss.forward(self.forward(x, _EVALUATION), y, mask)
 
 
-def _refuse_shared_layers(root: Layer) -> None:
-    """Raise ConfigError if a layer object is met twice: it remembers one forward pass, not two."""
+def _walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
+    """Yield every layer with its path, in the order of the parameters."""
+    yield path, layer
+    for name, child in layer.children():
+        yield from _walk(child, f"{path}.{name}".lstrip("."))
+
+
+def _tell_places(root: Layer) -> None:
+    """Tell every layer its place; ConfigError if one object is met twice: it remembers one forward pass."""
     seen: dict[int, str] = {}
-    pending = [("", root)]
-    while pending:
-        path, layer = pending.pop()
+    for path, layer in _walk(root):
         if id(layer) in seen:
             raise ConfigError(
                 f"expected a layer of its own in every place, got one {type(layer).__name__} object both as "
                 f"{seen[id(layer)]!r} and {path!r}; create a new one for each place"
             )
         seen[id(layer)] = path
-        pending += [(f"{path}.{name}".lstrip("."), child) for name, child in layer.children()]
+        layer.stand_at(path)

@@ -2,58 +2,89 @@
 
 Everything is flat float32: the parameters are one vector, and so is each state vector of the optimizer (the
 velocity of SGD, say).  A worker updates only its lane, a slice; because every operation is elementwise
-(`+ - * / sqrt`), a slice of the updated whole equals the updated slice, bit for bit.
+(`+ - * / sqrt`, sign), a slice of the updated whole equals the updated slice, bit for bit.
 
 The state exists in two generations.  An update reads the current one and writes every element of the
 following one; it never writes into what it reads, so that whoever dies in the middle leaves the current
 state whole.
 
-What needs a norm happens in two phases: `measure` writes sums over fixed blocks, all workers meet and learn
-all sums, then `apply` receives what followed from them as the factor `scale`.
+What needs a norm happens in phases, and all workers meet between them:
 
-A contract has no logic; `optim/norm.py` holds the arithmetic of norms, `optim/sgd.py` is the plainest
-example.  Buffers belong to the caller, who may reuse them as soon as a call returns.
+1. the worker measures the gradient over fixed blocks (`optim/norm.py`), the same for every optimizer: the
+   verdict whether it is finite, and the clip factor, which arrives here inside `scale`;
+2. `prepare`, only where `num_sums` is not 0 (LARS, LAMB), writes sums of its own over the same blocks;
+3. `apply` writes the following generation, and is told the sums of each tensor (`TensorPart`).
+
+A contract has no logic; `optim/sgd.py` is the plainest example, `optim/lamb.py` one with all phases.  Buffers
+belong to the caller, who may reuse them as soon as a call returns.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Optimizer", "Vectors"]
+__all__ = ["Optimizer", "TensorPart", "Vectors"]
 
 # Slices of equal length by name: "parameters" and each of `Optimizer.vectors`.
 Vectors = Mapping[str, NDArray[np.float32]]
 
 
+@dataclass(frozen=True)
+class TensorPart:
+    """The part of one tensor in a slice: its elements `[start, stop)`, the padding behind it included.
+
+    `is_matrix` says whether the tensor has two axes or more, as weights have and biases and gains have not.
+    `sums` are those of the whole tensor, wherever its other parts lie: first the sum of squares of the summed
+    gradient, then one for each of `Optimizer.num_sums`; in `prepare` they are empty.
+    """
+
+    start: int
+    stop: int
+    is_matrix: bool
+    sums: tuple[float, ...] = ()
+
+
 class Optimizer(ABC):
     """An update rule; it holds options, never state, so one instance may serve many lanes."""
+
+    default_lr: float
+    """The learning rate where none is given."""
 
     vectors: tuple[str, ...]
     """Names of the state vectors besides "parameters"; each is as long, and begins as zeros."""
 
     scratch_rows: int
-    """Rows of the scratch buffer that `apply` needs; `chunks.new_scratch` makes one."""
+    """Rows of the scratch buffer that the calls need; `chunks.new_scratch` makes one."""
 
-    @abstractmethod
-    def measure(
+    num_sums: int = 0
+    """How many sums over each tensor `prepare` writes; 0: there is no such phase, and no `tensors`."""
+
+    evaluated: str = "parameters"
+    """The vector with which the model is evaluated and predicts."""
+
+    def prepare(
         self,
         gradient: NDArray[np.float32],
+        *,
+        scale: float,
+        update: int,
+        current: Vectors,
+        following: Vectors,
+        scratch: NDArray[np.float32],
+        tensors: Sequence[TensorPart],
         blocks: Sequence[tuple[int, int]],
         sums: NDArray[np.float64],
-        *,
-        offset: int = 0,
     ) -> None:
-        """Write into `sums[i]` the sum that belongs to `blocks[i]`; not finite if the gradient there is not.
+        """Write `sums`, shape (num_sums, k); `following` may be written as well, `apply` finds it so.
 
-        Arguments:
-            gradient: shape (n,), the slice of the summed gradient that begins at element `offset`.
-            blocks: shape (k,), ranges in elements of the whole vector, all inside the slice.
-            sums: shape (k,).
+        `blocks` holds k ranges in elements of the slice; the other arguments are those of `apply`.
         """
+        raise NotImplementedError(f"{type(self).__name__} has num_sums = {self.num_sums} and no prepare")
 
     @abstractmethod
     def apply(
@@ -62,9 +93,11 @@ class Optimizer(ABC):
         *,
         scale: float,
         lr: float,
+        update: int,
         current: Vectors,
         following: Vectors,
         scratch: NDArray[np.float32],
+        tensors: Sequence[TensorPart] = (),
     ) -> None:
         """Write the next generation of a slice.
 
@@ -72,7 +105,9 @@ class Optimizer(ABC):
             gradient: shape (n,), the slice of the gradient SUMMED over the global batch; it is only read.
             scale: clip factor / weight sum, so that `gradient * scale` is the (clipped) mean gradient.
             lr: the learning rate of this step.
+            update: the number of this update, from 1; steps that were skipped do not count.
             current: "parameters" and every state vector, each (n,); only read.
             following: the same names and shapes, sharing no memory with `current`; every element is written.
             scratch: from `chunks.new_scratch(self.scratch_rows)`; its contents before and after mean nothing.
+            tensors: the parts of tensors that make up the slice, in order, where `num_sums` is not 0.
         """

@@ -19,10 +19,10 @@ __all__ = ["CHUNK", "chunks", "new_scratch"]
 CHUNK = 65_536
 
 
-def chunks(length: int) -> Iterator[slice]:
-    """Yield slices of at most CHUNK elements that cover `range(length)` in order."""
-    for start in range(0, length, CHUNK):
-        yield slice(start, min(start + CHUNK, length))
+def chunks(stop: int, start: int = 0) -> Iterator[slice]:
+    """Yield slices of at most CHUNK elements that cover `range(start, stop)` in order."""
+    for begin in range(start, stop, CHUNK):
+        yield slice(begin, min(begin + CHUNK, stop))
 
 
 def new_scratch(rows: int) -> NDArray[np.float32]:

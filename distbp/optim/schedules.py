@@ -4,6 +4,10 @@ A schedule keeps no state, so a run that is resumed, or a step that is done agai
 anything being saved.  Step 0 is the first.  A warm-up rises in a straight line (P. Goyal et al., 2017,
 "Accurate, large minibatch SGD", section 2.2); the chosen shape fills the steps that remain.
 
+`Schedule.scaled` is the recipe of that paper for large batches: k times the batch wants k times the rate
+(section 2.1), and a warm-up that begins at the rate of the small batch.  Their correction of the momentum
+(section 3) is not needed: here the rate multiplies the velocity when it is applied.
+
 A shape maps its own steps, `position` of `length`, to a share of the peak rate.  A new one is a function
 below and a line in SCHEDULES.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from distbp.optim.choose import choose
 
@@ -23,7 +28,8 @@ __all__ = ["SCHEDULES", "Schedule"]
 class Schedule:
     """A learning rate for each step; the fields have the names and the meaning of the table `[schedule]`.
 
-    Raises ConfigError for an unknown name, which says the nearest known one.
+    The warm-up begins at the share `warmup_from` of the rate, which `scaled` sets.  Raises ConfigError for an
+    unknown name, which says the nearest known one.
     """
 
     lr: float
@@ -35,6 +41,13 @@ class Schedule:
     power: float = 1.0
     initial_fraction: float = 0.04
     rise_fraction: float = 0.3
+    warmup_from: float = 0.0
+
+    @classmethod
+    def scaled(cls, *, lr: float, batch_size: int, scaling_batch: int, **options: Any) -> Schedule:
+        """Return the schedule for `batch_size` when `lr` is right for batches of `scaling_batch` samples."""
+        factor = batch_size / scaling_batch
+        return cls(lr=lr * factor, warmup_from=min(1.0, 1.0 / factor), **options)
 
     def __post_init__(self) -> None:
         choose(SCHEDULES, self.name, "schedule.name")
@@ -43,7 +56,10 @@ class Schedule:
         """Return the learning rate of `step` >= 0 in a run of `total_steps`; later steps keep the last."""
         assert step >= 0, f"there is no step {step}"
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            if self.warmup_from == 0:
+                return self.lr * (step + 1) / self.warmup_steps
+            risen = (step + 1) / self.warmup_steps
+            return self.lr * (self.warmup_from + (1.0 - self.warmup_from) * risen)
         length = max(total_steps - self.warmup_steps, 1)
         position = min(step - self.warmup_steps, length)
         return self.lr * SCHEDULES[self.name](self, position, length)

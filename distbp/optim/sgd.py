@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.errors import ConfigError
-from distbp.optim import norm
-from distbp.optim.base import Optimizer, Vectors
+from distbp.optim.base import Optimizer, TensorPart, Vectors
+from distbp.optim.checks import check_decay, check_share
 from distbp.optim.chunks import chunks
 
 __all__ = ["SGD"]
@@ -33,30 +33,16 @@ __all__ = ["SGD"]
 class SGD(Optimizer):
     """Stochastic gradient descent; without momentum it has no state vector."""
 
+    default_lr = 0.1
     scratch_rows = 2
 
     def __init__(self, *, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0) -> None:
-        if not 0 <= momentum < 1:
-            raise ConfigError(f"expected a momentum >= 0 and < 1, got {momentum!r}")
-        if not 0 <= weight_decay < float("inf"):
-            raise ConfigError(f"expected a finite weight decay >= 0, got {weight_decay!r}")
+        self.momentum = check_share("momentum", momentum)
+        self.weight_decay = check_decay(weight_decay)
         if nesterov and momentum == 0:
             raise ConfigError("expected a momentum > 0 with nesterov, got 0; give one or leave nesterov off")
-        self.momentum = float(momentum)
         self.nesterov = nesterov
-        self.weight_decay = float(weight_decay)
         self.vectors = ("momentum",) if momentum else ()
-
-    def measure(
-        self,
-        gradient: NDArray[np.float32],
-        blocks: Sequence[tuple[int, int]],
-        sums: NDArray[np.float64],
-        *,
-        offset: int = 0,
-    ) -> None:
-        """Write the sum of squares of each block; see `Optimizer.measure`."""
-        norm.measure(gradient, blocks, sums, offset=offset)
 
     def apply(
         self,
@@ -64,16 +50,18 @@ class SGD(Optimizer):
         *,
         scale: float,
         lr: float,
+        update: int,
         current: Vectors,
         following: Vectors,
         scratch: NDArray[np.float32],
+        tensors: Sequence[TensorPart] = (),
     ) -> None:
         """Write the next generation of a slice; see `Optimizer.apply`."""
         # A NumPy float64 scalar would turn the float32 arithmetic below into float64; a Python float does
         # not.
         scale, lr = float(scale), float(lr)
         for part in chunks(len(gradient)):
-            g, spare = scratch[:, : part.stop - part.start]
+            g, spare = scratch[:2, : part.stop - part.start]
             p = current["parameters"][part]
             np.multiply(gradient[part], scale, out=g)
             if self.weight_decay:

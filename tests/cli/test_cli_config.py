@@ -95,4 +95,4 @@ def test_schema_is_json_that_knows_every_key(tmp_path: Path) -> None:
 def test_the_commented_file_is_toml(tmp_path: Path) -> None:
     """Comments of `init` do not disturb TOML readers."""
     succeed("config", "init", "a.toml", cwd=tmp_path)
-    assert tomllib.loads((tmp_path / "a.toml").read_text())["optimizer"]["name"] == "sgd"
+    assert tomllib.loads((tmp_path / "a.toml").read_text())["optimizer"]["name"] == "auto"

@@ -20,6 +20,8 @@ DOCUMENTED = {
     "run": "--nproc --backend",
     "evaluate": "--target --json",
     "predict": "-o",
+    "generate": "--prompt --length --temperature --seed",
+    "export": "-o",
     "inspect": "--json --verify",
     "doctor": "--backend --json --out --ray-insecure",
     "config show": "-c -o --origin --json",
@@ -67,7 +69,7 @@ def test_every_command_has_a_module() -> None:
         assert isinstance(main._group.get_command(context, name), click.Command)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "predict", "inspect"])
+@pytest.mark.parametrize("name", ["evaluate", "generate", "predict", "inspect"])
 def test_missing_arguments_are_a_usage_error(name: str, tmp_path: Path) -> None:
     """A command without its arguments ends with 2 and names what is missing."""
     assert "RUN" in refuse(2, name, cwd=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -34,3 +35,12 @@ def images(count: int, seed: int = 0) -> NDArray[np.uint8]:
 def labels(count: int) -> NDArray[np.uint8]:
     """Return labels 0, 1, 2, 0, 1, 2, ..."""
     return (np.arange(count) % 3).astype(np.uint8)
+
+
+def write_wav(path: Path, content: bytes, *, width: int = 2, channels: int = 1, rate: int = 8000) -> None:
+    """Write PCM of `width` bytes."""
+    with wave.open(str(path), "wb") as stream:
+        stream.setnchannels(channels)
+        stream.setsampwidth(width)
+        stream.setframerate(rate)
+        stream.writeframes(content)

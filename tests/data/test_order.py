@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from distbp.data import Order, permute
-from distbp.data.order import SORTED_UP_TO
+from distbp.data.permutation import SORTED_UP_TO
 
 # Chi-square exceeds its mean by this many standard deviations about once in 10,000; seeds are fixed.
 DEVIATIONS = 4.0

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from distbp.data import SOURCES, load, prepare
+from distbp.data import (
+    SOURCES,
+    Source,
+    attach,
+    fingerprint,
+    load,
+    pack,
+    pack_datasets,
+    prepare,
+    unpack_datasets,
+)
 from distbp.errors import ConfigError
-from tests.data.data_files import images, labels, write_idx
+from tests.data.data_files import images, labels, write_idx, write_wav
 
 REAL_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist-t10k"
 
@@ -73,7 +84,41 @@ def make_tsv(folder: Path) -> str:
     return str(folder / "people.tsv")
 
 
+def make_parquet(folder: Path) -> str:
+    """A Parquet file of the same table."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'distbp[parquet]'")
+    from pyarrow import csv
+
+    parquet.write_table(csv.read_csv(make_csv(folder)), folder / "people.parquet", row_group_size=7)
+    return str(folder / "people.parquet")
+
+
+def make_text(folder: Path) -> str:
+    """A text of 1,600 characters."""
+    (folder / "story.txt").write_text("Once upon a time \u00e4 \n" * 80)
+    return str(folder / "story.txt")
+
+
+def make_image_folder(folder: Path) -> str:
+    """A folder of images for each of three classes."""
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install 'distbp[image]'")
+    for number, (pixels, label) in enumerate(zip(images(30), labels(30), strict=True)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        image.fromarray(pixels).save(folder / str(label) / f"{number}.png")
+    return str(folder)
+
+
+def make_sound_folder(folder: Path) -> str:
+    """A folder of WAV files for each of three classes."""
+    for number, (pixels, label) in enumerate(zip(images(30), labels(30), strict=True)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        write_wav(folder / str(label) / f"{number}.wav", pixels.reshape(-1).tobytes(), width=1)
+    return str(folder)
+
+
 MAKERS = {
+    "sound folder": make_sound_folder,
+    "image folder": make_image_folder,
     "digits": make_digits,
     "idx": make_idx,
     "idx.gz": make_idx_compressed,
@@ -82,6 +127,8 @@ MAKERS = {
     "npy pair": make_npy_pair,
     "csv": make_csv,
     "tsv": make_tsv,
+    "parquet": make_parquet,
+    "text": make_text,
 }
 
 
@@ -91,37 +138,44 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return MAKERS[request.param](tmp_path)
 
 
+def values(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Return all samples and targets of a source, whether they are held or made when asked for."""
+    return source.x[:], source.y[:]
+
+
 def test_canonical_form(path: str) -> None:
     """Every source gives finite samples, one target each, and classes exactly for classification."""
     source = load(path).train
-    assert source.x.ndim >= 2
-    assert source.x.flags.c_contiguous
-    assert source.x.dtype.isnative
-    assert np.isfinite(source.x).all()
-    assert len(source.y) == len(source.x) > 0
+    x, y = values(source)
+    assert (x.shape, x.dtype) == (source.x.shape, source.x.dtype)
+    assert (y.shape, y.dtype) == (source.y.shape, source.y.dtype)
+    assert x.ndim >= 2
+    assert x.flags.c_contiguous
+    assert x.dtype.isnative
+    assert np.isfinite(x).all()
+    assert len(y) == len(x) > 0
     if source.task == "classification":
-        assert source.y.dtype == np.int64
+        assert y.dtype == np.int64
         assert source.classes is not None
-        assert 0 <= source.y.min() <= source.y.max() < len(source.classes) == source.num_outputs
+        assert 0 <= y.min() <= y.max() < len(source.classes) == source.num_outputs
     else:
-        assert source.y.dtype == np.float32
+        assert y.dtype == np.float32
         assert source.classes is None
-        assert source.y.shape == (len(source.x), source.num_outputs)
+        assert y.shape == (len(x), source.num_outputs)
 
 
 def test_same_path_same_bits(path: str) -> None:
     """Loading a path twice gives the same bytes."""
-    first, second = load(path).train, load(path).train
-    assert first.x.tobytes() == second.x.tobytes()
-    assert first.y.tobytes() == second.y.tobytes()
+    for first, second in zip(values(load(path).train), values(load(path).train), strict=True):
+        assert first.tobytes() == second.tobytes()
 
 
 def test_schema_reads_the_file_alike(path: str) -> None:
     """A schema that went through JSON reads the same file to the same bytes and the same schema."""
     first = load(path).train
     again = load(path, schema=json.loads(json.dumps(first.schema))).train
-    assert again.x.tobytes() == first.x.tobytes()
-    assert again.y.tobytes() == first.y.tobytes()
+    for one, other in zip(values(again), values(first), strict=True):
+        assert one.tobytes() == other.tobytes()
     assert again.classes == first.classes
     assert {**again.schema, "format": first.schema["format"]} == first.schema
 
@@ -131,25 +185,41 @@ def test_labels_are_not_needed_to_predict(path: str) -> None:
     first = load(path).train
     blind = load(path, schema=first.schema, labelled=False).train
     assert not blind.labelled
-    assert blind.x.tobytes() == first.x.tobytes()
+    assert blind.x[:].tobytes() == first.x[:].tobytes()
     assert blind.y.shape == first.y.shape
     assert blind.y.dtype == first.y.dtype
-    assert not blind.y.any()
+    assert not blind.y[:].any()
 
 
 def test_source_can_be_prepared(path: str) -> None:
-    """Whatever was loaded becomes float32 training and validation data that cover every sample."""
+    """Whatever was loaded becomes training and validation data that cover every sample."""
     source = load(path).train
     made = prepare(load(path), validation_fraction=0.2, split="random", normalize="auto", seed=1)
     assert made.validation is not None
     assert len(made.train) + len(made.validation) == len(source.x)
-    assert made.train.x.dtype == np.float32
-    assert np.isfinite(made.train.x).all()
+    assert made.train.x.dtype == (np.int64 if source.schema.get("codes") else np.float32)
+    assert np.isfinite(made.train.x[:]).all()
+
+
+def test_data_survive_the_way_to_a_worker(path: str) -> None:
+    """Packed into shared memory and unpacked, data sets give the same bytes, fingerprints and lengths."""
+    made = prepare(load(path), validation_fraction=0.2, split="random", normalize="auto", seed=1)
+    arrays, described = pack_datasets({"train": made.train, "validation": made.validation, "other": None})
+    descriptor, places = pack(arrays)
+    found = unpack_datasets(attach(descriptor, places), json.loads(json.dumps(described)))
+    os.close(descriptor)
+    assert set(found) == {"train", "validation"}
+    assert fingerprint(found["train"]) == fingerprint(made.train)
+    indices = np.array([3, 0, 3], np.int64)
+    out = tuple(np.empty_like(part) for part in made.train.batch(indices))
+    for batch in (found["train"].batch(indices), found["train"].batch(indices, *out), out):
+        for one, other in zip(batch, made.train.batch(indices), strict=True):
+            assert (one.tobytes(), one.dtype, one.shape) == (other.tobytes(), other.dtype, other.shape)
 
 
 def test_target_without_columns_is_refused(path: str) -> None:
     """`--target` is never silently ignored: formats without columns refuse it."""
-    if path.endswith((".csv", ".tsv")):
+    if path.endswith((".csv", ".tsv", ".parquet")):
         assert load(path, target="age").train.schema["target"] == "age"
     else:
         with pytest.raises(ConfigError, match="leave --target out"):

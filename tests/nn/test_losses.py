@@ -8,7 +8,16 @@ import pytest
 from autograd import grad
 
 from distbp.errors import ConfigError, DataError
-from distbp.nn import MeanSquaredError, Network, Sequential, SoftmaxCrossEntropy, build_loss, check_gradient
+from distbp.nn import (
+    BinaryCrossEntropy,
+    Huber,
+    MeanSquaredError,
+    Network,
+    Sequential,
+    SoftmaxCrossEntropy,
+    build_loss,
+    check_gradient,
+)
 
 from .layer_examples import random_stack, same_bits
 
@@ -81,29 +90,104 @@ def test_mean_squared_error(target_shape):
     assert sums.correct.tolist() == [0.0] * G
 
 
+def numbers(shape: tuple[int, ...] = (G, B, C)):
+    """Return targets from 0 to 1, the ends among them."""
+    return np.random.default_rng(8).uniform(-0.2, 1.2, size=shape).clip(0, 1)
+
+
+def oracle_huber(y, t, m, delta):
+    """Return the loss sum of one micro-batch by the two branches of the definition."""
+    r = y - t
+    branches = anp.where(anp.abs(r) <= delta, r**2 / 2, delta * (anp.abs(r) - delta / 2))
+    return anp.sum(m * anp.mean(branches, axis=1))
+
+
+def oracle_binary(z, t, m):
+    """Return the loss sum of one micro-batch by the logarithms of the definition."""
+    p = 1 / (1 + anp.exp(-z))
+    return -anp.sum(m * anp.mean(t * anp.log(p) + (1 - t) * anp.log(1 - p), axis=1))
+
+
+@pytest.mark.parametrize("num_outputs", [1, C])
 @pytest.mark.parametrize(
-    "loss", [*(SoftmaxCrossEntropy(**o) for o in CROSS_ENTROPIES.values()), MeanSquaredError()]
+    ("loss", "oracle"),
+    [
+        (Huber(), lambda y, t, m: oracle_huber(y, t, m, 1.0)),
+        (Huber(delta=0.3), lambda y, t, m: oracle_huber(y, t, m, 0.3)),
+        (BinaryCrossEntropy(), oracle_binary),
+    ],
 )
-def test_losses_pass_the_gradient_check(loss):
+def test_other_losses_are_their_definitions(loss, oracle, num_outputs):
+    """Loss and gradient of Huber and of binary cross entropy are autograd's of the formula, with a mask."""
+    output = random_stack(G, B, (num_outputs,)).astype(np.float64) * 2
+    target = numbers((G, B, num_outputs))
+    loss.build((num_outputs,))
+    if loss.kind == "classification":
+        target = (target > 0.5).astype(np.int64)
+    mask = (np.arange(G * B).reshape(G, B) % 4 > 0).astype(np.float32)
+    given = target[..., 0] if loss.kind == "classification" else target
+    sums, gradient = loss.forward(output, given, mask), loss.backward()
+    for g in range(G):
+        arguments = (output[g], target[g].astype(np.float64), mask[g])
+        np.testing.assert_allclose(sums.loss[g], oracle(*arguments), rtol=TOLERANCE)
+        np.testing.assert_allclose(gradient[g], grad(oracle)(*arguments), rtol=0, atol=TOLERANCE)
+        right = ((output[g, :, 0] > 0) == target[g, :, 0]) * mask[g] if loss.kind == "classification" else [0]
+        assert sums.correct[g] == np.sum(right)
+    assert sums.weight.tolist() == mask.sum(axis=1).tolist()
+
+
+@pytest.mark.parametrize("options", CROSS_ENTROPIES.values(), ids=CROSS_ENTROPIES)
+def test_sequences_are_many_answers(options):
+    """Cross entropy over positions is that of the positions as samples; a mask silences whole sequences."""
+    z, y = random_stack(G, B, (5, C)).astype(np.float64), classes(shape=(G, B, 5))
+    mask = (np.arange(G * B).reshape(G, B) % 3 > 0).astype(np.float32)
+    loss, flat = SoftmaxCrossEntropy(**options), SoftmaxCrossEntropy(**options)
+    loss.build((5, C))
+    assert loss.answers == 5
+    sums, gradient = loss.forward(z, y, mask), loss.backward()
+    positions = flat.forward(z.reshape(G, B * 5, C), y.reshape(G, B * 5), np.repeat(mask, 5, axis=1))
+    for name in ("loss", "weight", "correct"):
+        assert same_bits(getattr(sums, name), getattr(positions, name))
+    assert same_bits(gradient.reshape(G, B * 5, C), flat.backward())
+
+
+EVERY_LOSS = [
+    *((lambda o=o: SoftmaxCrossEntropy(**o)) for o in CROSS_ENTROPIES.values()),
+    MeanSquaredError,
+    Huber,
+    BinaryCrossEntropy,
+]
+
+
+@pytest.mark.parametrize("make", EVERY_LOSS)
+def test_losses_pass_the_gradient_check(make):
     """The shipped checker agrees, so it serves whoever writes a loss."""
-    y = classes() if loss.kind == "classification" else random_stack(G, B, (C,), seed=4)
+    loss = make()
+    y = classes() if isinstance(loss, SoftmaxCrossEntropy) else numbers()
     report = check_gradient(Network(Sequential(), (C,), loss), random_stack(G, B, (C,)), y)
+    assert report.ok, f"\n{report}"
+
+
+def test_yes_and_no_pass_the_gradient_check():
+    """Binary cross entropy of one output takes classes, also under the checker."""
+    y = (numbers((G, B)) > 0.5).astype(np.int64)
+    network = Network(Sequential(), (1,), BinaryCrossEntropy())
+    report = check_gradient(network, random_stack(G, B, (1,)), y)
     assert report.ok, f"\n{report}"
 
 
 @pytest.mark.parametrize("b", [1, 7, 64])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", [*CROSS_ENTROPIES.values(), None])
-def test_stacked_equals_single(options, b, masked):
+@pytest.mark.parametrize("make", EVERY_LOSS)
+def test_stacked_equals_single(make, b, masked):
     """Sums and gradient of a micro-batch have the same bits stacked with others and alone, for any G."""
-    loss = MeanSquaredError() if options is None else SoftmaxCrossEntropy(**options)
+    loss = make()
+    loss.build((C,))
     for num_micro_batches in (1, 2, 3, 5, 200):
         z = random_stack(num_micro_batches, b, (C,))
-        y = (
-            classes(shape=(num_micro_batches, b))
-            if options is not None
-            else random_stack(num_micro_batches, b, (C,), 9)
-        )
+        shape = (num_micro_batches, b)
+        is_classes = isinstance(loss, SoftmaxCrossEntropy)
+        y = classes(shape=shape) if is_classes else numbers((*shape, C)).astype(np.float32)
         mask = (
             (np.arange(num_micro_batches * b).reshape(-1, b) % 3 > 0).astype(np.float32) if masked else None
         )
@@ -129,11 +213,14 @@ def test_sums_are_float64_and_gradients_follow_the_output():
 @pytest.mark.parametrize("scale", [0.0, 1e4, 1e30])
 def test_huge_outputs_stay_finite(scale):
     """Outputs of any size give a finite loss and gradient, without a warning."""
-    loss = SoftmaxCrossEntropy(label_smoothing=0.1)
-    with np.errstate(over="raise", invalid="raise", divide="raise"):
-        sums = loss.forward(np.float32(scale) * random_stack(G, B, (C,)), classes())
-        assert np.isfinite(sums.loss).all()
-        assert np.isfinite(loss.backward()).all()
+    targets = numbers().astype(np.float32)
+    pairs = [(SoftmaxCrossEntropy(label_smoothing=0.1), classes()), (BinaryCrossEntropy(), targets)]
+    for loss, target in [*pairs, (Huber(), targets)]:
+        loss.build((C,))
+        with np.errstate(over="raise", invalid="raise", divide="raise"):
+            sums = loss.forward(np.float32(scale) * random_stack(G, B, (C,)), target)
+            assert np.isfinite(sums.loss).all()
+            assert np.isfinite(loss.backward()).all()
 
 
 def test_memory_order_does_not_matter():
@@ -175,6 +262,17 @@ def test_impossible_classes(target, words):
         SoftmaxCrossEntropy().forward(random_stack(G, B, (C,)), target)
 
 
+def test_impossible_answers():
+    """Binary cross entropy refuses targets outside 0 to 1, and classes other than 0 and 1."""
+    loss = BinaryCrossEntropy()
+    loss.build((2,))
+    with pytest.raises(DataError, match=r"from 0 to 1, got .* to 1\.5"):
+        loss.forward(random_stack(1, 2, (2,)), np.array([[[0.0, 1.5], [0.0, 0.0]]]))
+    loss.build((1,))
+    with pytest.raises(DataError, match="got 2"):
+        loss.forward(random_stack(1, 2, (1,)), np.array([[1, 2]]))
+
+
 def test_impossible_numbers():
     """Targets that do not match the outputs are a DataError."""
     with pytest.raises(DataError, match="expected targets of shape"):
@@ -189,9 +287,13 @@ def test_impossible_numbers():
         (lambda: SoftmaxCrossEntropy(class_weights=[1.0, -1.0]), "class_weights"),
         (lambda: SoftmaxCrossEntropy(class_weights=[1.0]).build((2,)), "2 classes, got 1"),
         (lambda: SoftmaxCrossEntropy().build((1,)), "at least two classes"),
-        (lambda: SoftmaxCrossEntropy().build((2, 3)), "output shape"),
+        (lambda: SoftmaxCrossEntropy().build(()), "output shape"),
+        (lambda: SoftmaxCrossEntropy().build((2, 1)), "output shape"),
         (lambda: build_loss("mean_squared_error", label_smoothing=0.1), "cross_entropy"),
         (lambda: build_loss("cross_entrophy"), "did you mean 'cross_entropy'"),
+        (lambda: build_loss("huber", delta=-1.0), "delta > 0"),
+        (lambda: build_loss("cross_entropy", delta=2.0), "belongs to 'huber'"),
+        (lambda: BinaryCrossEntropy().build((0,)), "at least one output"),
     ],
 )
 def test_impossible_losses(make, words):

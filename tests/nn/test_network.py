@@ -10,7 +10,7 @@ from distbp.errors import ConfigError, DataError
 from distbp.nn import initial
 from distbp.nn.layer import Parameter
 
-from .layer_examples import TRAINING, Recorder, random_stack, same_bits, start
+from .layer_examples import TRAINING, Recorder, random_stack, same_bits, samples_for, start
 
 
 def small(**changes) -> nn.Network:
@@ -157,7 +157,7 @@ def test_evaluate_equals_the_training_loss():
 @pytest.mark.parametrize(
     ("layer", "shape", "words"),
     [
-        (lambda: nn.Linear(3), (2, 3), "Flatten"),
+        (lambda: nn.Linear(3), (), "Flatten"),
         (lambda: nn.Linear(3), (0,), "at least one feature"),
         (lambda: nn.Linear(0), (4,), "at least one output"),
         (lambda: nn.LeakyReLU(1.5), (4,), "slope"),
@@ -168,6 +168,23 @@ def test_evaluate_equals_the_training_loss():
         (lambda: nn.Sequential(*[nn.Linear(4)] * 2), (4,), "'0'.*'1'|'1'.*'0'"),
         (lambda: nn.Sequential(nn.Residual(shared := nn.Tanh()), shared), (4,), "object both as"),
         (lambda: nn.Linear(1), (4,), "at least two classes"),
+        (lambda: nn.MultiHeadAttention(0), (4, 4), "at least one head"),
+        (lambda: nn.MultiHeadAttention(3), (4, 4), "multiple of 3 heads"),
+        (lambda: nn.MultiHeadAttention(2, mask=[[True] * 3] * 4), (4, 4), "4 rows of 4"),
+        (
+            lambda: nn.MultiHeadAttention(2, mask=[[False, True]] * 2, causal=True),
+            (2, 4),
+            "position 0 sees none",
+        ),
+        (lambda: nn.Embedding(0, 3), (4,), "at least one code"),
+        (nn.PositionalEmbedding, (), "at least one axis"),
+        (nn.LayerNorm, (), "at least one feature"),
+        (lambda: nn.RMSNorm(epsilon=0.0), (4,), "epsilon > 0"),
+        (lambda: nn.Parallel(nn.Embedding(3, 2), nn.Tanh()), (4,), "all take codes"),
+        (lambda: nn.transformer(outputs=3, width=10), (4,), "multiple of the heads"),
+        (lambda: nn.GRU(0), (4,), "at least one unit"),
+        (lambda: nn.LSTM(3), (2, 3, 4), "steps, inputs"),
+        (lambda: nn.gru(outputs=3, hidden=()), (4,), "at least one recurrent layer"),
     ],
 )
 def test_impossible_models(layer, shape, words):
@@ -185,6 +202,19 @@ def test_impossible_input(x):
         small().forward(x, TRAINING)
 
 
+def test_codes_and_numbers_are_not_mixed_up():
+    """A model for codes refuses numbers, and says so; a code outside the table is refused, not clipped."""
+    network = nn.Network(
+        nn.transformer(outputs=5, layers=1, heads=1, width=4), (3,), nn.SoftmaxCrossEntropy()
+    )
+    start(network)
+    with pytest.raises(DataError, match="in integers"):
+        network.forward(np.zeros((1, 2, 3), np.float32), TRAINING)
+    for wrong in (-1, 5):
+        with pytest.raises(DataError, match=rf"codes 0\.\.4, got {wrong}"):
+            network.forward(np.full((1, 2, 3), wrong), TRAINING)
+
+
 def test_forgotten_bindings():
     """Whoever forgets `use` or `send_gradients_to` is told which call is missing."""
     network = small()
@@ -195,15 +225,67 @@ def test_forgotten_bindings():
         network.loss_and_gradient(random_stack(1, 2, (2, 3)), np.zeros((1, 2), np.int64), TRAINING)
 
 
-@pytest.mark.parametrize("name", nn.MODELS)
 @pytest.mark.parametrize("activation", nn.ACTIVATIONS)
-def test_models_by_name(name, activation):
-    """Every model with every activation builds and gives one finite output for each class."""
-    model = nn.build_model(name, outputs=3, hidden=[5], activation=activation)
-    network = nn.Network(model, (2, 3), nn.SoftmaxCrossEntropy())
+def test_every_activation_in_an_mlp(activation):
+    """An mlp with every activation builds and gives one finite output for each class."""
+    model = nn.build_model("mlp", outputs=3, hidden=[5], activation=activation)
+    network = nn.Network(model, (8, 9), nn.SoftmaxCrossEntropy())
     start(network)
-    assert np.isfinite(network.forward(random_stack(2, 4, (2, 3)), TRAINING)).all()
+    assert np.isfinite(network.forward(random_stack(2, 4, (8, 9)), TRAINING)).all()
     assert network.output_shape == (3,)
+
+
+MODEL_EXAMPLES = {
+    "audio": ({"hidden": [3]}, (2048,), (11,)),
+    "cnn": ({"hidden": [5]}, (8, 8, 1), (11,)),
+    "lenet": ({"hidden": [5]}, (8, 8), (11,)),
+    "resnet20": ({}, (8, 8), (11,)),
+    "resnet32": ({}, (8, 8), (11,)),
+    "resnet56": ({}, (8, 8), (11,)),
+    "gru": ({"hidden": [4, 3]}, (4, 2), (11,)),
+    "lstm": ({"hidden": [4, 3]}, (4,), (11,)),
+    "linear": ({}, (2, 3), (11,)),
+    "mlp": ({"hidden": [5], "activation": "tanh"}, (2, 3), (11,)),
+    "tabular": ({"hidden": [5], "codes": [[1, 4]], "width": 3, "cross": 3}, (4,), (11,)),
+    "transformer": ({"layers": 1, "heads": 2, "width": 8}, (5,), (5, 11)),
+}
+"""Name -> options, shape of a sample, shape of its outputs for 11 classes."""
+
+
+def test_every_model_has_an_example():
+    """No model escapes the tests below."""
+    assert set(MODEL_EXAMPLES) == set(nn.MODELS)
+
+
+@pytest.mark.parametrize("name", MODEL_EXAMPLES)
+def test_models_by_name(name):
+    """Every model builds with its options and without, and gives finite outputs of the shape it says."""
+    options, shape, outputs = MODEL_EXAMPLES[name]
+    for given in (options, {}):
+        network = nn.Network(nn.build_model(name, outputs=11, **given), shape, nn.SoftmaxCrossEntropy())
+        start(network)
+        x = samples_for(network, 2, 4)
+        assert np.isfinite(network.forward(x, TRAINING)).all()
+        assert network.output_shape == outputs
+
+
+@pytest.mark.parametrize("name", [name for name in MODEL_EXAMPLES if not name.startswith("resnet")])
+def test_gradients_of_whole_models(name):
+    """The gradient of every parameter of a model is that of differences and Taylor remainders.
+
+    A small residual network is checked among the layers; 55 layers would take minutes.
+    """
+    options, shape, outputs = MODEL_EXAMPLES[name]
+    network = nn.Network(nn.build_model(name, outputs=11, **options), shape, nn.SoftmaxCrossEntropy())
+    y = np.random.default_rng(1).integers(0, 11, size=(2, 3, *outputs[:-1]))
+    report = nn.check_gradient(network, samples_for(network, 2, 3), y)
+    assert report.ok, f"\n{report}"
+
+
+def test_options_of_another_model_are_refused():
+    """An option that would have no effect is a mistake, and the message says which there are."""
+    with pytest.raises(ConfigError, match=r"model\.hidden.*'transformer'.*it has layers, heads, width"):
+        nn.build_model("transformer", outputs=3, hidden=[5])
 
 
 @pytest.mark.parametrize(
@@ -222,4 +304,4 @@ def test_unknown_names(options, words):
 @pytest.mark.parametrize("name", nn.LOSSES)
 def test_losses_by_name(name):
     """Every loss is made by its name."""
-    assert type(nn.build_loss(name)) is nn.LOSSES[name]
+    assert isinstance(nn.build_loss(name), nn.LOSSES[name])

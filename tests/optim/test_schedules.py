@@ -86,6 +86,22 @@ def test_known_values() -> None:
     assert set(rates(lr=0.7, name="constant")) == {0.7}
 
 
+def test_linear_scaling_and_its_warm_up() -> None:
+    """k times the batch gets k times the rate; the warm-up rises evenly from the small batch's."""
+    schedule = Schedule.scaled(lr=0.1, batch_size=512, scaling_batch=64, name="constant", warmup_steps=7)
+    assert schedule.lr == 0.8
+    first = [schedule(step, TOTAL) for step in range(8)]
+    # From 0.1 to 0.8 in seven equal steps, the first of which is taken at once (Goyal et al. 2017, 2.2).
+    assert first[:7] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], abs=1e-15)
+    assert first[7] == 0.8
+
+
+def test_a_smaller_batch_is_scaled_down_and_warms_up_level() -> None:
+    """Half the batch gets half the rate, and a warm-up that has nothing to rise from stays there."""
+    schedule = Schedule.scaled(lr=0.1, batch_size=32, scaling_batch=64, name="constant", warmup_steps=3)
+    assert {schedule(step, TOTAL) for step in range(5)} == {0.05}
+
+
 def test_a_schedule_cannot_change() -> None:
     """A schedule has no state to save: it is frozen."""
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -97,7 +113,7 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"schedule.name: expected one of .*'cosin'; did you mean 'cosine'"):
         Schedule(lr=0.1, name="cosin")
     with pytest.raises(
-        ConfigError, match=r"optimizer.name: expected one of sgd, got 'sdg'; did you mean 'sgd'"
+        ConfigError, match=r"optimizer.name: expected one of adagrad.*, got 'sdg'; did you mean 'sgd'"
     ):
         choose(OPTIMIZERS, "sdg", "optimizer.name")
     with pytest.raises(ConfigError, match=r"got 'warp'$"):

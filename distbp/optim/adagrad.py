@@ -1,0 +1,65 @@
+"""Adagrad: a learning rate for each parameter, that falls with what its gradients have added up to.
+
+With g the mean gradient (and wd * p added to it), p the parameters:
+
+    s = s + g * g
+    p = p - lr * g / (sqrt(s) + epsilon)
+
+J. Duchi, E. Hazan and Y. Singer, 2011, "Adaptive subgradient methods for online learning and stochastic
+optimization", JMLR 12, the diagonal form (figure 1, with the Euclidean norm as regulariser); epsilon as in
+PyTorch's Adagrad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbp.optim.base import Optimizer, TensorPart, Vectors
+from distbp.optim.checks import check_decay, check_epsilon
+from distbp.optim.chunks import chunks
+
+__all__ = ["Adagrad"]
+
+
+class Adagrad(Optimizer):
+    """Adagrad with L2 weight decay."""
+
+    default_lr = 0.01
+    scratch_rows = 2
+    vectors = ("sum_of_squares",)
+
+    def __init__(self, *, epsilon: float = 1e-10, weight_decay: float = 0.0) -> None:
+        self.epsilon = check_epsilon("epsilon", epsilon)
+        self.weight_decay = check_decay(weight_decay)
+
+    def apply(
+        self,
+        gradient: NDArray[np.float32],
+        *,
+        scale: float,
+        lr: float,
+        update: int,
+        current: Vectors,
+        following: Vectors,
+        scratch: NDArray[np.float32],
+        tensors: Sequence[TensorPart] = (),
+    ) -> None:
+        """Write the next generation of a slice; see `Optimizer.apply`."""
+        scale, lr = float(scale), float(lr)
+        for part in chunks(len(gradient)):
+            g, spare = scratch[:2, : part.stop - part.start]
+            p, s = current["parameters"][part], following["sum_of_squares"][part]
+            np.multiply(gradient[part], scale, out=g)
+            if self.weight_decay:
+                np.multiply(p, self.weight_decay, out=spare)
+                np.add(g, spare, out=g)
+            np.multiply(g, g, out=spare)
+            np.add(current["sum_of_squares"][part], spare, out=s)
+            np.sqrt(s, out=spare)
+            np.add(spare, self.epsilon, out=spare)
+            np.divide(g, spare, out=spare)
+            np.multiply(spare, lr, out=spare)
+            np.subtract(p, spare, out=following["parameters"][part])
