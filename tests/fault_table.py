@@ -47,6 +47,7 @@ RAY = "tests/ray/test_ray_backend.py::"
 CRASH = "tests/checkpoint/test_checkpoint_crash.py::"
 DAMAGE = "tests/checkpoint/test_checkpoint_damage.py::"
 SAVING = "tests/checkpoint/test_saving_runs.py::"
+DIVERGENCE = "tests/backends/test_divergence.py::"
 TRAINER = "tests/test_trainer.py::"
 INPUT = "tests/test_bad_input.py::"
 TCP = "tests/transports/test_tcp_faults.py::"
@@ -315,6 +316,10 @@ ROWS = (
             f"{TRAINER}test_one_poisoned_step_is_skipped",
             f"{TRAINER}test_a_model_that_diverges_says_where",
             f"{TRAINER}test_broken_parameters_are_never_saved",
+            f"{DIVERGENCE}test_local_workers_decide_alike",
+            f"{DIVERGENCE}test_ranks_decide_alike",
+            f"{DIVERGENCE}test_hosts_decide_alike",
+            f"{DIVERGENCE}test_actors_decide_alike",
         ),
     ),
     Row(
@@ -325,6 +330,8 @@ ROWS = (
             f"{LOCAL}test_a_worker_with_another_kernel_is_refused",
             f"{SCRIPT}test_a_rank_that_differs_is_named",
             f"{MPI}test_ranks_that_differ_are_refused",
+            "tests/mpi/test_mpi_hosts.py::test_a_host_with_another_file_is_refused",
+            "tests/test_trial.py::test_other_bits_are_found_before_the_first_step",
         ),
     ),
     Row(
@@ -347,6 +354,8 @@ ROWS = (
             f"{VERIFY}test_without_a_checkpoint_the_run_ends_with_80",
             f"{VERIFY}test_every_single_bit_flip_changes_one_checksum",
             "tests/mpi/test_mpi_memory.py::test_the_script_starts_again",
+            "tests/mpi/test_mpi_memory.py::test_a_host_is_named_where_it_can_be",
+            f"{RAY}test_a_corrupted_state_is_given_up_on_every_node",
         ),
         (
             Command(
