@@ -94,7 +94,8 @@ def recommender(folder: Path) -> None:
         with (folder / name).open("w", newline="") as stream:
             columns = (users[rows].tolist(), items[rows].tolist(), rating[rows].round(4).tolist())
             csv.writer(stream).writerows([["user", "item", "target"], *zip(*columns, strict=True)])
-    run = train("train.csv", folder, "model.name=tabular", 'data.categorical=["user","item"]', epochs=15)
+    settings = ("model.name=tabular", 'data.categorical=["user","item"]', "optimizer.weight_decay=0.1")
+    run = train("train.csv", folder, *settings, epochs=15)
     ours = evaluated(run, str(folder / "test.csv"))["rmse"]
     known, new = slice(0, 30_000), slice(30_000, None)
     mean = rating[known].mean()

@@ -71,10 +71,15 @@ LOSSES_FOR = {
 }
 """Task -> the losses that fit it, the natural one first."""
 
-OPTIMIZER_OF = {"audio": "adam", "lenet": "adam", "tabular": "adam", "transformer": "adamw"}
+OPTIMIZER_OF = {"audio": "adam", "lenet": "adam", "tabular": "adamw", "transformer": "adamw"}
 """`optimizer.name` where none was given, for the models that another than SGD suits (docs/LOG.md)."""
 
-LR_OF = {("cnn", "sgd"): 0.01, ("lenet", "adam"): 0.002, ("lenet", "sgd"): 0.03}
+LR_OF = {
+    ("cnn", "sgd"): 0.01,
+    ("lenet", "adam"): 0.002,
+    ("lenet", "sgd"): 0.03,
+    ("tabular", "adamw"): 0.003,
+}
 """`optimizer.lr` where none was given, for models and update rules that want another than the rule's own.
 
 Convolutions share their weights over all places of an image, so their gradients add up, and without a norm
