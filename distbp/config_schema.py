@@ -240,7 +240,8 @@ class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Positive | None,
         Meta(
             description="learning rate at the peak of the schedule; none: the update rule's own, but 0.002 "
-            "for adam with lenet, 0.003 for adamw with tabular, 0.03 for sgd with lenet, 0.01 for sgd with cnn"
+            "for adam with lenet, 0.003 for adamw with tabular, 0.03 for sgd with lenet, 0.01 for sgd with "
+            "cnn"
         ),
     ] = None
     momentum: Annotated[
