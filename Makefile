@@ -21,7 +21,7 @@ PYTEST_ARGS ?= -m "not slow"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test check lint types format install clean mpi-environments ray-environment cluster-up cluster-down
+.PHONY: help train test check chaos faults lint types format install clean mpi-environments ray-environment cluster-up cluster-down
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,16 @@ cluster-up: $(INSTALLED)  ## start emulated hosts (Linux, root), as in: make clu
 
 cluster-down: $(INSTALLED)  ## end them
 	$(BIN)/python -m cluster.emulated down
+
+WHERE ?= local
+MINUTES ?= 10
+SEED ?=
+
+chaos: $(TESTABLE)  ## kill, stop, cut, fill and flip at random, as in: make chaos WHERE=mpirun MINUTES=2 SEED=7
+	$(BIN)/python -m tests.chaos --where $(WHERE) --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+faults: $(TESTABLE)  ## the long form of every fault of docs/FAULTS.md, with figures; takes hours
+	$(BIN)/python -m tests.fault_table --long
 
 clean:  ## remove .venv, caches and build products; runs stay
 	rm -rf $(VENV) .venv-mpich .venv-openmpi .venv-ray build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

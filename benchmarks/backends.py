@@ -86,9 +86,9 @@ def command(backend, network, steps, data, out):
     return [*train, "--backend", backend, "--nproc", "2"]
 
 
-def report(network, times, hashes):
-    """Print the lines of one network."""
-    base = times.get("local")
+def report(network, times, hashes, first="local"):
+    """Print the lines of one network; ratios are to `first`."""
+    base = times.get(first)
     for backend, values in times.items():
         ratio = statistics.median(a / b for a, b in zip(values, base, strict=True)) if base else float("nan")
         print(

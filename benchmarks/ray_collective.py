@@ -82,7 +82,7 @@ def measure(arguments, where, addresses):
         ray.init(address="auto", **logging)
         places = [{f"node:{address}": 0.001} for address in addresses.split(",")]
     else:
-        ray.init(num_cpus=2, include_dashboard=False, **logging)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, **logging)
         places = [{}, {}]
     kind = ray.remote(num_cpus=1)(Rank)
     ranks = [kind.options(resources=place).remote(rank) for rank, place in enumerate(places)]

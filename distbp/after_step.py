@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from distbp import checkpoint, state
@@ -20,6 +22,7 @@ from distbp.fault_points import FaultPoints
 from distbp.job import EVALUATE, SAMPLES, SAVING, SCALARS, SKIPPED, Job, epoch_ends_at, epoch_of
 from distbp.metrics.progress import Progress
 from distbp.metrics.records import Records
+from distbp.metrics.stragglers import WINDOW, Stragglers
 from distbp.partition import split_range
 from distbp.reduce import tree_total
 from distbp.saver import Saver
@@ -46,6 +49,8 @@ class AfterStep:
         self.views = views
         self.check = check
         self._faults = faults
+        ranges = [split_range(job.micro_batches, seat.size, rank) for rank in range(seat.size)]
+        self._stragglers = Stragglers([last - first for first, last in ranges])
         if seat.rank == 0:
             self.records = Records(seat.admission.out)
             self.progress = Progress(job, seat)
@@ -70,6 +75,27 @@ class AfterStep:
         self.arena.saved = self.saver.saved_step
         return self.saver.is_due()
 
+    def watch_stragglers(self, step: int, transport: Transport | None) -> None:
+        """Note how long workers computed in this step; called by the first worker of every host."""
+        if self.seat.size == 1:
+            return
+        self._stragglers.add(self.arena.computed())
+        if step % WINDOW != WINDOW - 1:
+            return
+        medians = self._stragglers.take_medians()
+        if transport is not None:
+            everybody = [np.empty(size) for size in self.seat.host_sizes]
+            transport.allgather(medians, everybody)
+            medians = np.concatenate(everybody)
+        if self.seat.rank == 0:
+            for found in self._stragglers.judge(medians):
+                self.progress.say(
+                    f"distbp: W_STRAGGLER rank={found.rank} compute_ms={found.seconds * 1e3:.1f} "
+                    f"others_ms={found.others * 1e3:.1f} cost_s={found.cost:.1f}: the others wait for it in "
+                    "every step; look at what else runs on its host, and at its processor limit"
+                )
+                self.seat.report({"kind": "straggler", "step": step + 1} | asdict(found))
+
     def finish(self, step: int, *, save: bool, stop: bool, transport: Transport | None) -> None:
         """Evaluate, record and save what is due at `step`, or asked for; then say that it is done."""
         job, arena = self.job, self.arena
@@ -77,6 +103,9 @@ class AfterStep:
         validation = None
         if ends_epoch and job.validation is not None:
             validation = self._evaluate(step, transport)
+            if self.saves_at(step, save=save, stop=stop):
+                # A run that goes back to this checkpoint does not evaluate again.
+                self.check.meet(step)
         if self.seat.rank == 0:
             if ends_epoch:
                 self.progress.epoch(step, arena.scalars(step), validation, self.records)

@@ -76,7 +76,7 @@ _COMMITTED, _DONE, _STOP, _SOURCE, _SAVED, _BUCKET, _CHECKED = range(8, 15)
 """Places of the 64-bit control words, behind the 32-bit words that the barrier uses; `_CHECKED` are two."""
 
 _LINE_BYTES = 4 * LINE_WORDS
-_LINE_PROGRESS, _LINE_PHASE, _LINE_BAD, _LINE_READY = range(2, 6)
+_LINE_PROGRESS, _LINE_PHASE, _LINE_BAD, _LINE_READY, _LINE_COMPUTE = range(2, 7)
 """Places of the 64-bit words in a worker's line; the first 16 bytes of it belong to the barrier."""
 _LINE_DIGEST = 128
 _LINE_NOTE = 24
@@ -296,6 +296,15 @@ class Arena:
         line = self._line(worker)
         looks = self._words[2 * line + LOOKS_WORD]
         return self._longs[line + _LINE_PROGRESS] + looks, self._longs[line + _LINE_PHASE]
+
+    def note_compute(self, seconds: float) -> None:
+        """Say for how long this worker has computed in this step."""
+        assert self.rank is not None, "the keeper computes nothing"
+        self._longs[self._line(self.rank) + _LINE_COMPUTE] = int(seconds * 1e9)
+
+    def computed(self) -> list[float]:
+        """Return for how many seconds each worker of the host computed, as it last said."""
+        return [self._longs[self._line(w) + _LINE_COMPUTE] * 1e-9 for w in range(self.layout.workers)]
 
     def mark_ready(self, step: int, buckets: int) -> None:
         """Say that this worker has finished the gradients of the first `buckets` buckets of `step`."""

@@ -1,4 +1,7 @@
-"""How much processor time and memory the control groups of a process grant: containers limit by these."""
+"""How much processor time and memory the control groups of a process grant: containers limit by these.
+
+And whether the kernel has taken processes away because memory ran out.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["cpu_quota", "memory_bytes"]
+__all__ = ["cpu_quota", "memory_bytes", "oom_kills"]
 
 
 def cpu_quota(process: Path = Path("/proc/self")) -> float | None:
@@ -18,6 +21,18 @@ def memory_bytes(process: Path = Path("/proc/self")) -> int:
     """Return how much memory this process may use: that of the machine, or what its cgroups grant."""
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min([present, *_limits("memory", _memory, process)]))
+
+
+def oom_kills() -> int:
+    """Return how many processes of this machine the kernel has killed for want of memory (proc(5), vmstat).
+
+    It counts those of all control groups, and does not say which processes they were.
+    """
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def _limits(

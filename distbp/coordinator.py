@@ -38,6 +38,7 @@ from distbp.arena import EMPTY, RELOAD
 
 __all__ = [
     "GOOD_STEPS",
+    "OUT_OF_MEMORY",
     "Action",
     "Broken",
     "Corrupted",
@@ -62,6 +63,15 @@ GOOD_STEPS = 20
 
 _SAME_STEP_LIMIT = 3
 _FIRST_BACK_OFF_S, _MOST_BACK_OFF_S = 0.1, 10.0
+
+OUT_OF_MEMORY = "out of memory"
+"""The cause of a loss when the kernel killed a worker to get memory."""
+
+_CURE = "look for the cause in RUN/logs before running again"
+_CURES = {
+    "SIGKILL": "look for the cause in RUN/logs, and for an out-of-memory kill in the kernel's log",
+    OUT_OF_MEMORY: "take fewer workers, a smaller micro_batch or model, or a machine with more memory",
+}
 
 _NOBODY = -1
 """Stands for a rank where only a connection was lost."""
@@ -250,10 +260,8 @@ def _replace_lost(state: State, event: Lost) -> tuple[State, tuple[Action, ...]]
             if same_step >= _SAME_STEP_LIMIT
             else f"{state.restarts_without_progress} restarts brought no progress"
         )
-        memory = ", and for an out-of-memory kill in the kernel's log" if event.cause == "SIGKILL" else ""
         message = (
-            f"worker {event.rank} was lost again ({event.cause}): {times}; look for the cause in RUN/logs"
-            f"{memory} before running again"
+            f"worker {event.rank} was lost again ({event.cause}): {times}; {_CURES.get(event.cause, _CURE)}"
         )
         return replace(state, ended=True, exit_code=70), (End(70, message),)
     state = _announce(replace(state, left=state.left - {event.rank}))

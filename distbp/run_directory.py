@@ -229,7 +229,8 @@ def write_file(path: Path, text: str) -> None:
     """Write a small file so that readers see the old content or the new one, never half of it."""
     temporary = path.with_name(path.name + ".new")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(temporary, flags, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
             file.flush()

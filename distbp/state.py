@@ -10,7 +10,6 @@ and only while host 0 still holds it (found by the model checker, `tests/test_re
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from distbp.arena import EMPTY, RELOAD, Arena
 from distbp.backends.base import Admission
 from distbp.errors import StateCorrupted
 from distbp.job import SCALARS, Job
+from distbp.terminal import say
 from distbp.transports.base import Transport
 from distbp.verify import cover_state
 
@@ -98,11 +98,7 @@ def _newest(admission: Admission) -> Path:
     """Return the newest checkpoint of the run that verifies, or the one that it began from."""
 
     def pass_over(path: Path, reason: str) -> None:
-        print(
-            f"distbp: W_CHECKPOINT_DAMAGED {path.name}: {reason}; falling back to the one before",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"distbp: W_CHECKPOINT_DAMAGED {path.name}: {reason}; falling back to the one before")
 
     newest = checkpoint.newest_verified(admission.out / "checkpoints", pass_over) or admission.restore
     if newest is None:

@@ -20,6 +20,7 @@ from distbp.job import Job
 from distbp.nn import Context
 from distbp.reduce import MicroBatchSum
 from distbp.transports.base import Transport
+from distbp.verify import StateCheck
 
 __all__ = ["compare_gradients"]
 
@@ -31,16 +32,25 @@ SAME_SOFTWARE = (
 )
 
 
-def compare_gradients(seat: Seat, job: Job, parameters: Sequence[Array], transport: Transport | None) -> None:
+def compare_gradients(
+    seat: Seat,
+    job: Job,
+    step: int,
+    parameters: Sequence[Array],
+    transport: Transport | None,
+    check: StateCheck,
+) -> None:
     """Compute the trial gradient, and raise `EnvironmentMismatch` where it differs; every worker calls this.
 
-    `parameters` are the network's views.  Overwrites this worker's first slot, and leaves the network without
-    a place for its gradients.
+    `parameters` are the network's views of the state after `step` steps.  That state is checked first: a bit
+    that has flipped there makes gradients differ as well.  Overwrites this worker's first slot, and leaves
+    the network without a place for its gradients.
     """
     arena = seat.arena
     digest = hashlib.sha256(_trial_gradient(seat, job, parameters).tobytes()).digest()
     arena.digest(seat.local_rank)[:] = np.frombuffer(digest, np.uint8)
-    arena.barrier.wait()
+    arena.barrier.wait()  # Now nobody reads the state any more, so whatever was read wrongly is still there.
+    check.meet(step)
     digests = [bytes(arena.digest(worker)) for worker in range(arena.layout.workers)]
     odd = [worker for worker, other in enumerate(digests) if other != digests[0]]
     if odd:

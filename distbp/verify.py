@@ -14,14 +14,15 @@ sums in the arena beside that generation.  In the next step it adds up the same 
 right AFTER the update has read the chunk: at this place, and not before forward, because the generation is
 read for the last time here.  What was flipped before, in whichever phase, is still there; what is flipped
 later is not read any more.  Nothing has been committed by then: the step is given up, together with all that
-forward made of a wrong parameter.  The last state of a run is read by nobody's update and is checked when all
-workers meet at the end.
+forward made of a wrong parameter.  Where no update follows, or a checkpoint follows an evaluation, all
+workers meet to check the state (`meet`): nobody goes back behind that checkpoint to evaluate again.
 
 **Copies for a checkpoint** are added up after they were made (`accepts`), and not written if they differ.
 
 **Several hosts** hold the same state.  Before a covered state is committed the owners of a lane swap hashes
 of its checksums, so a host that differs is found before anything is saved, also if its state was flipped when
-nobody looked.  Three hosts name the odd one; of two, nobody can say which one is right.
+nobody looked.  Three hosts name the odd one; of two, nobody can say which one is right.  They compare as well
+before a run ends as diverged: parameters of one host that are not finite spoil the gradient of all.
 
 **Then** all workers of all hosts raise `Corruption` at the same place, and everybody goes back to the newest
 checkpoint (`coordinator.py`).  Nothing is repaired in place: wrong gradients may have reached every host.
@@ -129,11 +130,11 @@ class StateCheck:
 
     # In a step.
 
-    def begin(self, step: int, *, saved: bool) -> list[Part]:
-        """Return the parts in which the update of `step` has to go; `saved`: its result will be saved."""
+    def begin(self, step: int, *, covered: bool) -> list[Part]:
+        """Return the parts in which the update of `step` has to go; `covered`: its result must be."""
         self._step = step
         self._reads = self._every > 0 and self._arena.checked(step)
-        self._writes = self._every > 0 and (saved or (step + 1) % self._every == 0)
+        self._writes = self._every > 0 and (covered or (step + 1) % self._every == 0)
         return self._chunks if self._reads or self._writes else self._whole
 
     def follow(self, part: Part) -> None:
@@ -184,8 +185,18 @@ class StateCheck:
         """Say whether the new state is covered; the host's first worker does, before it commits."""
         self._arena.set_checked(self._step + 1, valid=self._writes)
 
+    def meet(self, step: int) -> None:
+        """Check the state after `step` steps, as it is now, together with every worker of every host.
+
+        It is a barrier of the host too, also where nothing is checked.
+        """
+        self.look_back(step)
+        self.agree()
+        self._arena.barrier.wait()
+        self.conclude()
+
     def look_back(self, step: int) -> None:
-        """Check this worker's lane of the last state of a run; `agree` and `conclude` follow."""
+        """Check this worker's lane; `agree` and `conclude` follow."""
         self._step, self._writes = step, False
         self._reads = self._every > 0 and self._arena.checked(step)
         if self._reads:

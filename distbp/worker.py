@@ -23,7 +23,6 @@ What this file does not know: how workers are started, what a model is made of, 
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -35,7 +34,8 @@ from distbp.after_step import AfterStep
 from distbp.arena import EMPTY, RELOAD, Parked
 from distbp.backends.base import Seat, host_ranks
 from distbp.data import ReadAhead
-from distbp.errors import Diverged, TransportError
+from distbp.divergence import diverged
+from distbp.errors import TransportError
 from distbp.exchange import BucketExchange, Piece, bucket_starts, cut_pieces, probe_bucket_bytes
 from distbp.fault_points import FaultPoints
 from distbp.job import (
@@ -65,6 +65,7 @@ from distbp.nn import Context, Leaf, Parameter
 from distbp.optim import norm
 from distbp.partition import split_range
 from distbp.reduce import LaneReduction, MicroBatchSum
+from distbp.terminal import say
 from distbp.transports.base import Transport, TransportAborted
 from distbp.trial import compare_gradients
 from distbp.verify import Corruption, StateCheck
@@ -225,7 +226,8 @@ class Worker:
         self.arena.barrier.wait()
         self.step = self.arena.committed
         self._faults.reach(self.step, "start")
-        compare_gradients(self.seat, job, self._views[self.step & 1], self._transport)
+        views = self._views[self.step & 1]
+        compare_gradients(self.seat, job, self.step, views, self._transport, self.check)
         job.network.send_gradients_to(self._collect)
         if self.seat.rank == 0:
             if arena.source == RELOAD:
@@ -236,7 +238,7 @@ class Worker:
     def _report_reload(self) -> None:
         """Say from which step the run goes on after its state was given up."""
         redone = max(self._lost_at - self.step, 0)
-        print(f"distbp: I_RESUMED step={self.step} steps_redone={redone}", file=sys.stderr, flush=True)
+        say(f"distbp: I_RESUMED step={self.step} steps_redone={redone}")
         self.seat.report({"kind": "restart", "step": self.step, "steps_redone": redone})
 
     # The loop.
@@ -272,10 +274,7 @@ class Worker:
 
     def _meet_everybody(self) -> None:
         """Wait for every worker of every host: nobody may leave while another could still need it."""
-        self.check.look_back(self.step)
-        self.check.agree()
-        self.arena.barrier.wait()
-        self.check.conclude()
+        self.check.meet(self.step)
         if self._transport is not None and self.seat.local_rank == 0:
             self._transport.barrier()
         self.arena.barrier.wait()
@@ -287,6 +286,7 @@ class Worker:
         arena.progress(COMPUTE)
         self._compute()
         times.append(time.perf_counter())
+        arena.note_compute(times[1] - times[0])
         barrier.wait()
         times.append(time.perf_counter())
         arena.progress(REDUCE)
@@ -346,6 +346,7 @@ class Worker:
             self._lane.measure()
         if self.seat.local_rank == 0:
             self._tail_sum.run()
+            self.after.watch_stragglers(self.step, self._transport)
 
     def _update(self, tail: NDArray[np.float64]) -> bool:
         """Write the next generation of the lane and, by the host's first worker, of the scalars.
@@ -359,7 +360,8 @@ class Worker:
             self._lane.prepare(step, tail)
             self.arena.barrier.wait()  # Now everybody knows these sums, too.
         saved = self.after.saves_at(step + 1, save=bool(tail[SAVE] > 0), stop=bool(tail[STOP] > 0))
-        for part in self.check.begin(step, saved=saved):
+        # Before a run is given up as diverged, hosts compare their states: one may be corrupted.
+        for part in self.check.begin(step, covered=saved or self._diverges(accepted)):
             if accepted:
                 self._lane.apply(part, step, tail)
             else:
@@ -373,10 +375,12 @@ class Worker:
 
     def _refuse_divergence(self, accepted: bool) -> None:
         """End the run when too many steps in a row were not finite."""
-        if not accepted and self.arena.scalars(self.step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW:
-            diverged = Diverged(self._describe_divergence())
-            diverged.agreed = True
-            raise diverged
+        if self._diverges(accepted):
+            raise diverged(self.seat, self.job, self.step, self._transport)
+
+    def _diverges(self, accepted: bool) -> bool:
+        """Return whether this step is the last one that may be skipped in a row."""
+        return not accepted and bool(self.arena.scalars(self.step)[SKIPPED_IN_ROW] + 1 >= MAX_SKIPPED_IN_ROW)
 
     def _update_scalars(self, tail: NDArray[np.float64], accepted: bool) -> None:
         """Write the next generation of the scalar state."""
@@ -392,24 +396,6 @@ class Worker:
             job.network.move_statistics(following[SCALARS:], tail[TAIL:] / job.micro_batches)
         else:
             following[[SKIPPED_IN_ROW, SKIPPED]] += 1
-
-    def _describe_divergence(self) -> str:
-        """Say which micro-batches and samples were not finite, and what to do."""
-        job = self.job
-        first = host_ranks(self.seat.host_sizes, self.seat.host).start
-        places = []
-        for worker, micro_batch in self.arena.bad_micro_batches():
-            start = self.step * job.batch_size + micro_batch * job.micro_batch
-            samples = job.order.indices(start, job.micro_batch)[:8]
-            places.append(
-                f"worker {first + worker}, micro-batch {micro_batch}, samples {samples.tolist()} ..."
-            )
-        where = "; ".join(places) or "the gradient, while every loss is finite"
-        return (
-            f"the loss or the gradient was not finite {MAX_SKIPPED_IN_ROW} times in a row, "
-            f"last in step {self.step} ({where}); lower optimizer.lr, set optimizer.clip_norm, or look at "
-            "those samples"
-        )
 
     def _commit(self, tail: NDArray[np.float64], times: list[float]) -> None:
         """Write the records of the step, then store the committed-step word, the last thing of all."""

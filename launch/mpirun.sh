@@ -293,7 +293,18 @@ find_culprit() {
     { read -r evidence its_code; mapfile -t culprit; } < <(awk -f "$here/culprit.awk" "$work/said" "${logs[@]}")
 }
 
+# Print the first record of a kind that this start has left in events.jsonl, or nothing.
+recorded() {
+    [ -z "$run" ] || tail -c "+$((events_before + 1))" -- "$run/events.jsonl" 2>/dev/null |
+        grep -m 1 -E "\"kind\": ?\"$1\"" | sed 's/^/mpirun.sh: recorded: /' || true
+}
+
 name_culprit() {
+    if [ -n "$(recorded corrupt)" ]; then
+        say "no rank is to blame: bits of the state changed in memory"
+        recorded corrupt >&2
+        return 0
+    fi
     case $code in
         # These are mostly of all ranks, who said why, and the launcher names the one that left first.
         2 | 65 | 66 | 73 | 78) [ "$evidence" = spoken ] || return 0 ;;
@@ -304,8 +315,7 @@ name_culprit() {
         say "culprit: ${culprit[0]}"
         [ "${#culprit[@]}" = 1 ] || printf 'mpirun.sh: %s\n' "${culprit[@]:1}" >&2
     fi
-    [ -z "$run" ] || tail -c "+$((events_before + 1))" -- "$run/events.jsonl" 2>/dev/null |
-        grep -m 1 -E '"kind": ?"lost"' | sed 's/^/mpirun.sh: recorded: /' >&2 || true
+    recorded lost >&2
 }
 
 # ----- signals: the first asks the ranks to save, the second ends the job at once
@@ -414,6 +424,10 @@ translate() {
             *) if [ "$its_code" != - ]; then code=$its_code; elif [ "$code" -le 192 ] || [ "$evidence" != - ]; then code=69; fi ;;
         esac
     fi
+    # The run has begun before, so a launcher that fails without a word from any rank has not reached all hosts.
+    if [ "$starts" -gt 1 ] && [ "$evidence$its_code" = -- ]; then
+        case $code in 1 | 19[3-9] | 2[0-5]?) code=69 ;; esac
+    fi
     if [ "$code" = 75 ] && [ "$first_signal" = INT ]; then code=130; fi
     if [ "$code" = 69 ] && [ "$launchers" != 69 ]; then say "the launcher ended with $launchers, but a rank was killed or lost"; fi
 }
@@ -434,7 +448,7 @@ while :; do
         *) [ "$num_signals" -gt 1 ] || name_culprit ;;
     esac
     case $code in
-        69) reason="a rank was lost" ;;
+        69) [ -n "$(recorded corrupt)" ] && reason="the state was corrupted" || reason="a rank was lost" ;;
         75) [ "$requeue" = yes ] || exit 75; reason="stopped on request" ;;
         *) exit "$code" ;;
     esac

@@ -1,6 +1,6 @@
 """Disturb runs at random for some minutes, and compare how they end: `make chaos [MINUTES=10] [WHERE=local]`.
 
-    python -m tests.chaos [--where local|mpirun|ray] [--minutes M] [--seed S] [--kinds KIND ...] [--json FILE]
+    python -m tests.chaos [--where local|mpirun|ray] [--minutes M] [--faults N] [--seed S] [--kinds KIND ...]
 
 A run is started, and again and again something happens to it, drawn from a seed that is printed:
 
@@ -18,8 +18,10 @@ A run is started, and again and again something happens to it, drawn from a seed
 Each start has another number of workers.  Between two faults training must go on.  When the run has reached
 its last step, parameters and state must have the bits of a run in one process that nothing happened to, every
 sample must have been taken once per epoch, and nothing may be left: processes, files in /dev/shm or /tmp,
-temporary checkpoints, descriptors of the launching process.  Then the next run begins, until the time is over
-and the last one has ended.  Whatever is not as it should be ends the program with 1, and with what was said.
+temporary checkpoints, descriptors of the launching process.  (MPICH leaves files when a job is aborted, some
+of them where launch/mpirun.sh does not clean up; those are counted.)  Then the next run begins, until the
+time is over and the last one has ended.  Whatever is not as it should be ends the program with 1, and with
+what was said.
 
 The table at the end: how often each thing happened, and median and worst seconds from it to the first word
 about it, and to the next step of training.  For a worker that is replaced the second ends when all were
@@ -76,7 +78,8 @@ class Chaos:
         self.world = world
         self.rng = random.Random(arguments.seed)
         self.kinds = [kind for kind in world.kinds if not arguments.kinds or kind in arguments.kinds]
-        self.until = time.monotonic() + 60 * arguments.minutes
+        self.until = time.monotonic() + 60 * (arguments.minutes if arguments.faults is None else 10_000)
+        self.faults_left = arguments.faults
         self.steps = arguments.steps
         self.figures = {}
         self.runs = self.starts = 0
@@ -89,7 +92,7 @@ class Chaos:
 
     def go(self):
         """Disturb run after run until the time is over and the last one has ended."""
-        while time.monotonic() < self.until:
+        while not self.is_over():
             self.out = self.world.disk / f"run-{self.runs}"
             self.start()
             while self.may_disturb():
@@ -110,7 +113,11 @@ class Chaos:
         time.sleep(self.rng.uniform(0.1, 1.5))
         if self.ended():
             return False
-        return time.monotonic() < self.until and last_step(self.out) < self.steps - LAST_STEPS
+        return not self.is_over() and last_step(self.out) < self.steps - LAST_STEPS
+
+    def is_over(self):
+        """Return whether enough has happened."""
+        return self.faults_left == 0 or time.monotonic() >= self.until
 
     def disturb(self):
         """Let the next thing happen."""
@@ -123,6 +130,8 @@ class Chaos:
         if measured is None:
             return
         what, seen, back = measured
+        if self.faults_left is not None:
+            self.faults_left -= 1
         self.figures.setdefault(kind, []).append((seen, back))
         seconds = after(", noticed after", seen) + after(", back in step after", back)
         say(f"step {step}: {kind}: {what}{seconds}")
@@ -192,13 +201,12 @@ class Chaos:
     def check_descriptors(self):
         """Fail if the launching process has more descriptors than at its first quiet moment."""
         pid = self.world.launching_process()
-        held = None if pid is None else descriptors(pid)
+        held = None if pid is None else descriptors(pid, self.world.counts_sockets)
         if held is None:
             return
         if self._held is None:
             self._held = held
-        allowed = self._held + self.world.descriptors_may_vary()
-        self.must(held <= allowed, f"the launching process has {held} descriptors, had {self._held}")
+        self.must(held <= self._held, f"the launching process has {held} descriptors, had {self._held}")
 
     def check_nothing_left(self):
         """Fail if a job that has ended left a process or a file."""
@@ -495,6 +503,8 @@ def soak(arguments):
     print_table(chaos.figures)
     faults = sum(map(len, chaos.figures.values()))
     bits = problem or "all with the bits of the undisturbed one, nothing left behind"
+    if world.not_ours:
+        print(f"\nLeft by MPICH where launch/mpirun.sh does not clean up: {len(world.not_ours)} files")
     print(f"\nseed {arguments.seed}: {faults} faults in {chaos.starts} starts of {chaos.runs} runs, {bits}")
     if arguments.json:
         report = {"where": arguments.where, "seed": arguments.seed, "runs": chaos.runs, "problem": problem}
@@ -531,6 +541,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--where", choices=["local", "mpirun", "ray"], default="local")
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--faults", type=int, help="so many faults, however long that takes")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--steps", type=int, default=12_000, help="of each run")
     parser.add_argument("--kinds", nargs="+", help="only these faults")
@@ -539,7 +550,8 @@ def main():
     arguments = parser.parse_args()
     if INSIDE not in os.environ:
         return live_apart(arguments)
-    print(f"seed {arguments.seed}, {arguments.where}, {arguments.minutes:g} minutes", flush=True)
+    length = f"{arguments.minutes:g} minutes" if arguments.faults is None else f"{arguments.faults} faults"
+    print(f"seed {arguments.seed}, {arguments.where}, {length}", flush=True)
     return soak(arguments)
 
 

@@ -5,6 +5,7 @@ Workers are stopped for the moment of a flip, so that the step in which it falls
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -15,10 +16,14 @@ from pathlib import Path
 
 import psutil
 
+from distbp.arena import ArenaLayout
 from distbp.backends.base import host_layout
 from distbp.cli.job import build_trainer, fit_options, load_data
 from distbp.cli.train_command import read_config
+from distbp.exchange import cut_pieces
 from distbp.job import PHASES, UPDATE
+from distbp.nn import Layout, Network
+from distbp.optim import norm
 
 _COMMITTED, _FIRST_LINE, _LINE, _PHASE = 8 * 8, 4096, 256, 3 * 8
 """Places in bytes: the committed-step word, the workers' lines, and the phase in a line."""
@@ -44,15 +49,37 @@ class Flip:
         return f"after step {self.step}, {self.vector}[{self.element}] bit {self.bit}, in {phases}"
 
 
-def layout_of(data, options, host_sizes=(1,), host=0):
-    """The layout of the arena of one host of the job that `distbp train DATA OPTIONS` is."""
+@dataclass(frozen=True)
+class JobParts:
+    """What is known of a job from outside: the layout of its arena, and the places of its parameters."""
+
+    layout: ArenaLayout
+    parameters: Layout
+    lanes: int
+
+    def place(self, vector, element):
+        """The lane and the tensor that hold an element, as a message names them; for one host."""
+        if vector == "scalars":
+            return 0, "scalars"
+        blocks = norm.blocks(self.parameters.borders())
+        lanes = [
+            cut_pieces(blocks, self.parameters.size, [0], self.lanes, lane) for lane in range(self.lanes)
+        ]
+        owner = next(lane for lane, (piece,) in enumerate(lanes) if piece.low <= element < piece.high)
+        tensor = max(index for index, start in enumerate(self.parameters.offsets) if start <= element)
+        return owner, f"{vector}/{self.parameters.names[tensor]}"
+
+
+def job_parts(data, options, host_sizes=(1,)):
+    """The parts of the job that `distbp train DATA OPTIONS` is, as its first host has them."""
     overrides = tuple(value for flag, value in zip(options[::2], options[1::2], strict=True) if flag == "-o")
     config = read_config(data, None, overrides, {}).config
     prepared = load_data(config)
     trainer = build_trainer(config, prepared.preprocessing)
     fit = fit_options(config, prepared.preprocessing, None)
     plan = trainer.plan(prepared.train, prepared.validation, workers=sum(host_sizes), **fit)
-    return host_layout(plan, host_sizes, host)
+    network = Network(trainer.model, prepared.train.x.shape[1:], trainer.loss)
+    return JobParts(host_layout(plan, host_sizes, 0), network.layout, min(host_sizes))
 
 
 class Memory:
@@ -112,6 +139,24 @@ class Memory:
                 self.word(_FIRST_LINE + _LINE * worker + _PHASE) for worker in range(self.layout.workers)
             ]
         return Flip(step, vector, element, bit, tuple(phases))
+
+    def flip_in_time(self, rng, out, **options):
+        """Flip until one was not too late, or was found in the run `out` nevertheless; return that one."""
+        while True:
+            flip = self.flip(rng, **options)
+            if not flip.late:
+                return flip
+            while not corruptions(out) and self.committed < flip.step + 2:
+                time.sleep(0.001)
+            if corruptions(out):
+                return flip
+
+
+def corruptions(out):
+    """The corruptions that the run in `out` has recorded."""
+    path = Path(out) / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if record["kind"] == "corrupt"]
 
 
 def new_seed():

@@ -128,12 +128,13 @@ def launcher_ranks(pids):
     return found
 
 
-def descriptors(pid):
-    """Return how many descriptors a process has open; None when it has ended."""
+def descriptors(pid, sockets=True):
+    """Return how many descriptors a process has open, or how many that are no sockets; None without one."""
     try:
-        return len(os.listdir(f"/proc/{pid}/fd"))
-    except OSError:
+        links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:  # It has ended, or closes one just now.
         return None
+    return sum(sockets or not link.startswith("socket:") for link in links)
 
 
 class Said:

@@ -51,7 +51,10 @@ DRAWING = (
         "who starts workers, who decides, and what a worker does",
         ("backends", "coordinator", "worker", "run_directory"),
     ),
-    ("before and after a step", ("state", "after_step", "planning", "exchange", "lane", "trial", "verify")),
+    (
+        "before and after a step",
+        ("state", "after_step", "planning", "exchange", "divergence", "lane", "trial", "verify"),
+    ),
     (
         "what those share",
         (

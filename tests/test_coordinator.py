@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distbp.arena import RELOAD
 from distbp.coordinator import (
     EMPTY,
     GOOD_STEPS,
+    Corrupted,
     End,
     Failed,
     Left,
@@ -345,6 +347,58 @@ def test_whatever_comes_only_the_newest_attempt_counts(events):
         if any(isinstance(action, Release) for action in actions):
             parked.clear()
         state = after
+
+
+# Rule 5: a corrupted state is held by nobody.
+
+
+def test_a_corrupted_state_is_wiped_everywhere_and_only_when_all_are_parked():
+    """First everybody parks, then every word that names a step is set to nothing held, then all reload."""
+    state, actions = run(TWO_HOSTS, Corrupted(2, 1, "lane 0", 57, 50), Corrupted(0, 1, "lane 0", 57, 50))
+    assert actions == [Park(2)], "every worker says so, and it counts once"
+    state, actions = run(state, *park_all(state))
+    assert actions == [ReadWords(2)]
+    state, actions = run(state, Words(2, (57, 58)))
+    assert actions == [SetWord(0, EMPTY), SetWord(1, EMPTY), Release(2, RELOAD)]
+    assert state.restarts == 1
+
+
+def test_a_loss_while_a_corrupted_state_is_given_up_changes_nothing():
+    """The words do not count after a loss either; and while nobody holds a state, it is loaded again."""
+    state, _ = run(TWO_HOSTS, Corrupted(2, 1, "lane 0", 57, 50), Lost(3, "SIGKILL", 57, 50))
+    assert agree((57, 57), state)[-1] == Release(3, RELOAD)
+    state, _ = run(state, *park_all(state), Words(3, (57, EMPTY)))
+    state, _ = run(state, Lost(0, "SIGKILL", EMPTY, 50))
+    assert agree((EMPTY, EMPTY), state) == [Release(4, RELOAD)]
+    assert agree((50, 50), state) == [Release(4)]
+
+
+def test_a_loaded_state_counts_again():
+    """What was loaded after a corruption is held like any other state."""
+    state, _ = run(ONE_HOST, Corrupted(0, 1, "lane 0", 57, 50))
+    state, _ = run(state, *park_all(state), Words(2, (57,)), Lost(1, "SIGKILL", 50, 50))
+    assert agree((50,), state) == [Release(3)]
+    state, _ = run(state, *park_all(state), Words(3, (50,)), Lost(1, "SIGKILL", 51, 50))
+    assert agree((EMPTY,), state) == [Release(4)], "an arena that was lost later is no corruption"
+
+
+def test_corruptions_without_progress_end_the_job():
+    """Memory that goes bad again and again uses up the restarts; the message names the place."""
+    state = replace(ONE_HOST, max_restarts=2)
+    for _ in range(2):
+        state, actions = run(state, Corrupted(0, state.attempt, "lane 0 of host a", 57, 50))
+        assert isinstance(actions[0], Park)
+        state, _ = run(state, *park_all(state), Words(state.attempt, (57,)))
+    state, (end,) = run(state, Corrupted(0, state.attempt, "lane 0 of host a", 57, 50))
+    assert end.exit_code == 70
+    assert end.message.startswith("lane 0 of host a; 3 restarts brought no progress")
+    assert "memory" in end.message
+
+
+def test_an_old_finding_is_ignored():
+    """A finding of an attempt that is over changes nothing: whoever finds it again says so again."""
+    state, _ = run(ONE_HOST, Lost(1, "SIGKILL"))
+    assert run(state, Corrupted(0, 1, "lane 0")) == (state, [])
 
 
 def test_restarts_without_progress_wait_ever_longer():

@@ -362,6 +362,29 @@ def test_a_loss_starts_the_same_command_again(tmp_path: Path) -> None:
     assert len(stand_in.calls()) == 3
 
 
+@pytest.mark.parametrize("code", [1, 213, 255])
+def test_a_launcher_that_does_not_reach_its_hosts_again_is_a_loss(code: int, tmp_path: Path) -> None:
+    """A launcher that fails without a word is tried again if the run has begun before, and not at first."""
+    stand_in = StandIn(tmp_path, 69, code, code, 0)
+    assert stand_in.train("--restarts", "3").returncode == 0
+    assert len(stand_in.calls()) == 4
+    again = tmp_path / "again"
+    again.mkdir()
+    assert StandIn(again, code, 0).train("--restarts", "3").returncode == code
+
+
+def test_a_rank_that_raises_in_a_later_start_ends_the_loop(tmp_path: Path) -> None:
+    """What a rank says itself is believed in every start."""
+    raised = {
+        "code": 1,
+        "stderr": "distbp: rank 1 on host a: ValueError",
+        "logs": {"1": "12:00:01 failed with 1: x\n"},
+    }
+    stand_in = StandIn(tmp_path, 69, raised, 0)
+    assert stand_in.train("--restarts", "3").returncode == 1
+    assert len(stand_in.calls()) == 2
+
+
 def test_restarts_without_progress_are_counted(tmp_path: Path) -> None:
     """--restarts N means N starts more, and the last code is handed on."""
     stand_in = StandIn(tmp_path, 69)

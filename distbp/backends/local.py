@@ -21,6 +21,8 @@ from distbp.backends.hang_watch import Glance
 from distbp.backends.job_keeper import JobKeeper
 from distbp.backends.job_parts import Call, WorkerLink, look_at
 from distbp.backends.local_process import WorkerProcess
+from distbp.cgroups import oom_kills
+from distbp.coordinator import OUT_OF_MEMORY
 from distbp.errors import EnvironmentMismatch
 from distbp.run_directory import RunDirectory
 
@@ -55,6 +57,7 @@ class LocalJob(JobKeeper):
         self._arguments = list(arguments)
         self._threads = threads
         self._descriptor = descriptor
+        self._oom_kills = oom_kills()
 
     def start_worker(self, rank: int) -> WorkerLink:
         """Start worker `rank` as a child process."""
@@ -83,7 +86,11 @@ class LocalJob(JobKeeper):
             pass
         process.popen.wait()
         process.close()
-        self.note_end(rank, process, process.cause())
+        cause, kills = process.cause(), oom_kills()
+        if cause == "SIGKILL" and kills > self._oom_kills:
+            cause = OUT_OF_MEMORY
+        self._oom_kills = kills
+        self.note_end(rank, process, cause)
 
     def _read_message(self, rank: int, process: WorkerProcess) -> bool:
         """Handle one message of a worker; return False when there is none left."""

@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
@@ -39,6 +40,7 @@ from distbp.backends.corruption import describe_corruption
 from distbp.backends.launcher import claim
 from distbp.errors import DistbpError, EnvironmentMismatch, StateCorrupted, error_for_code
 from distbp.run_directory import RunDirectory
+from distbp.terminal import say
 from distbp.transports.base import Transport
 from distbp.transports.mpi import MPITransport
 from distbp.worker_log import WorkerLog
@@ -337,7 +339,7 @@ class MPIMembership:
         shown = str(error) if isinstance(error, DistbpError) else text.rstrip()
         if isinstance(error, DistbpError) and error.agreed:
             if self.rank == 0:
-                print(f"distbp: {shown}", file=sys.stderr)
+                say(f"distbp: {shown}")
             self._leave(code)
         self._abort(code, shown)
 
@@ -346,7 +348,7 @@ class MPIMembership:
         if self._log is not None:
             self._log.write(f"failed with {code}: {shown}")
         place = f"rank {self.rank} on host {socket.gethostname()}"
-        print(f"distbp: {place}: {shown}", file=sys.stderr, flush=True)
+        say(f"distbp: {place}: {shown}")
         time.sleep(_LAST_WORDS_S)
         self._mpi.COMM_WORLD.Abort(code)
         os._exit(code)
@@ -356,8 +358,9 @@ class MPIMembership:
 
         It must be the C library's `exit`: after `os._exit` MPICH's launcher answered 9 in 19 of 36 tries.
         """
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
         self._mpi.Finalize()
         ctypes.CDLL(None).exit(code)
         raise AssertionError("exit does not return")

@@ -52,7 +52,9 @@ _NODE_S = 600.0
 NODE_LOST = "node lost"
 
 _NEVER_RAN = "cancelled before it started running"
-"""Ray's words about an actor whose process could not talk to the driver."""
+"""Ray's words about an actor whose process could not talk to the driver, or whose node has just died."""
+
+_AGAIN_S = 0.5
 
 
 class RayJob(JobKeeper):
@@ -218,6 +220,9 @@ class RayJob(JobKeeper):
             self.handle(coordinator.Failed(link.rank, 78, text))
             return
         if _NEVER_RAN in str(error) and not link.said_goodbye:
+            if link.start > len(self.state.hosts):
+                self._start_once_more(link)
+                return
             text = (
                 f"Ray gave up worker {link.rank} before it ran, as it does when nodes and driver disagree "
                 "about tokens; start both with the same RAY_AUTH_MODE (distbp doctor --backend ray)"
@@ -225,6 +230,17 @@ class RayJob(JobKeeper):
             self.handle(coordinator.Failed(link.rank, 78, text))
             return
         self.note_end(link.rank, link, "lost" if error is None else _cause(error))
+
+    def _start_once_more(self, link: RayLink) -> None:
+        """Start a replacement again whose node died before it ran: that is no loss of its own."""
+
+        def start() -> None:
+            if not self.state.ended and self._workers.get(link.rank) is link:
+                self._workers[link.rank] = self.start_worker(link.rank)
+
+        timer = threading.Timer(_AGAIN_S, lambda: self._posts.put(start))
+        timer.daemon = True
+        timer.start()
 
     def _note_keeper_end(self, host: int, actor: Any, error: BaseException | None) -> None:
         """Have a keeper replaced that has died; called on one of Ray's threads."""

@@ -101,7 +101,7 @@ class SerialMembership:
         step, saved = self._arena.committed, self._arena.saved
         self._handle(coordinator.Corrupted(0, attempt, event.text, step, saved))
         action = f"reload({self._state.restarts_without_progress}/{self._state.max_restarts})"
-        print(f"distbp: {event.text} action={action}", file=sys.stderr, flush=True)
+        say(f"distbp: {event.text} action={action}")
         self._run.event(event.record | {"action": action})
 
     def _handle(self, event: coordinator.Event) -> None:

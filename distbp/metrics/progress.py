@@ -49,7 +49,7 @@ class Progress:
     def begin(self, step: int) -> None:
         """Note that training (re)starts after `step` steps."""
         if self._text:
-            self._say(self._text)
+            self.say(self._text)
             self._text = ""
         self._since = time.perf_counter()
         self._steps = 0
@@ -126,7 +126,7 @@ class Progress:
             self._draw(step, loss)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_EVERY_S
-            self._say(self._line(step, loss))
+            self.say(self._line(step, loss))
 
     def begin_interval(self, now: float) -> None:
         """Start the sums of the next record."""
@@ -156,7 +156,7 @@ class Progress:
         self._bar.update(self._task, completed=step, description=self._line(step, loss))
         self._bar.refresh()
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         """Write whole lines to stderr, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)

@@ -99,7 +99,8 @@ def _append(path: Path, text: str) -> None:
     """Append whole lines or nothing."""
     data = text.encode()
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
         try:
             before = os.fstat(descriptor).st_size
             try:
@@ -121,9 +122,14 @@ def _keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
     if not path.exists():
         return
     length = 0
-    with path.open("rb+") as file:
-        for line in file:
-            if not keep(line.decode(errors="replace")):
-                break
-            length += len(line)
-        file.truncate(length)
+    try:
+        with open(path, "rb+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
+            for line in file:
+                if not keep(line.decode(errors="replace")):
+                    break
+                length += len(line)
+            file.truncate(length)
+    except OSError as error:
+        raise CannotWrite(
+            f"cannot cut {path} to the step at which the run goes on: {error.strerror}; move that file away"
+        ) from error

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Job, result_of, wait_until
+from tests.mpi.conftest import on_rank
 
 pytestmark = pytest.mark.mpi
 
@@ -107,6 +108,36 @@ def test_scattered_ranks_give_the_same_bits(hosts, flavour, undisturbed, tmp_pat
     done = train(hosts, flavour, {"host0": 2, "host1": 2}, tmp_path / "run", *option)
     assert done.returncode == 0, done.stderr
     assert result_of(tmp_path / "run")["state_sha256"] == undisturbed["state_sha256"]
+
+
+@pytest.mark.parametrize("flavour", ["mpich", "openmpi"])
+def test_a_host_with_another_file_is_refused(hosts, flavour, tmp_path):
+    """One value that differs in one host's copy of the data is found before step 1: 78, with what differs."""
+    prefix = prefix_of(flavour)
+    if prefix is None:
+        pytest.skip(f"no {flavour} environment: run make mpi-environments")
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((300, 6)).astype(np.float32), rng.integers(0, 3, 300)
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "data.npz", x=x, y=y)
+        x[200, 2] += 1
+    (tmp_path / "sitecustomize.py").write_text(on_rank(1, f"os.chdir({str(tmp_path / 'there')!r})"))
+    python = [str(prefix / "bin" / "python"), "-m", "distbp.cli.main"]
+    words = ["train", "data.npz", "--batch-size", "60", "--out", str(tmp_path / "run")]
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    launch = hosts.mpirun(
+        [*python, *words],
+        2,
+        flavour,
+        slots={"host0": 1, "host1": 1},
+        prefix=prefix,
+        environment=environment,
+    )
+    done = hosts.run(hosts.hosts[0], launch, timeout=90, cwd=tmp_path / "here")
+    assert done.returncode == 78, done.stderr
+    assert "rank 1 on host host1 brought another plan than rank 0" in done.stderr
+    assert "identity.train_data" in done.stderr
 
 
 def model_bytes(parameters, micro_batches, hosts, steps):

@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import Job, result_of, wait_until
 from tests.mpi.conftest import on_rank, prefix_of
+from tests.soaking import command_line
 
 pytestmark = pytest.mark.mpi
 
@@ -117,6 +118,27 @@ def test_a_killed_rank_is_replaced_by_a_new_start(script, victim, undisturbed, t
     assert "resumed from step-" in ended.stderr
     assert result_of(out)["state_sha256"] == undisturbed["state_sha256"]
     ended.check_clean()
+
+
+def test_a_killed_launcher_is_replaced_by_a_new_start(script, undisturbed, tmp_path):
+    """After kill -9 of mpirun itself, to which nobody can speak any more, the job starts again: same bits."""
+    out = tmp_path / "run"
+    job = script("train", "digits", *OPTIONS, "--out", out, options=("--restarts", "2"))
+    wait_until(lambda: checkpoints(out))
+    (launcher,) = launchers(job)
+    os.kill(launcher, signal.SIGKILL)
+    ended = job.wait()
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("starting again") == 1
+    assert "resumed from step-" in ended.stderr
+    assert result_of(out)["state_sha256"] == undisturbed["state_sha256"]
+    ended.check_clean()
+
+
+def launchers(job):
+    """The processes of mpirun itself."""
+    names = ("mpirun", "mpiexec", "mpiexec.hydra", "prterun")
+    return [pid for pid in job.marked() if Path(command_line(pid)[0]).name in names]
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import Job, result_of, wait_until
+from tests.memory import Memory, corruptions, job_parts, new_seed
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
@@ -300,13 +303,13 @@ def test_neither_torch_nor_pyarrow_is_imported(nodes, prefix, tmp_path):
 class Running:
     """A long run on the emulated nodes, with its log."""
 
-    def __init__(self, nodes, prefix, nproc, folder):
+    def __init__(self, nodes, prefix, nproc, folder, *options):
         self.out = folder / "run"
         self.log = folder / "log"
         command = distbp(prefix, "train", "digits", "--backend", "ray", "--nproc", nproc, *LONG)
         with self.log.open("w") as stream:
             self.process = nodes.start_driver(
-                [*command, "--out", self.out], cwd=folder, stdout=stream, stderr=stream
+                [*command, *options, "--out", self.out], cwd=folder, stdout=stream, stderr=stream
             )
         wait_until(lambda: steps_of(self.out) > 150 or self.process.poll() is not None, timeout=60)
         assert self.process.poll() is None, self.log.read_text()
@@ -323,8 +326,8 @@ def running(nodes, prefix, tmp_path):
     """Start a long run; whatever is left of it is ended."""
     runs = []
 
-    def start(nproc):
-        runs.append(Running(nodes, prefix, nproc, tmp_path))
+    def start(nproc, *options):
+        runs.append(Running(nodes, prefix, nproc, tmp_path, *options))
         return runs[-1]
 
     yield start
@@ -352,6 +355,25 @@ def test_a_killed_keeper_is_replaced(hosts, running, undisturbed):
     assert result_of(run.out)["restarts"] == 0
 
 
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_corrupted_state_is_given_up_on_every_node(every, hosts, running, undisturbed):
+    """A bit that flips in the memory of one of two nodes: both go back to the checkpoint, same bits."""
+    run = running(4, "-o", f"run.verify_every={every}")
+    parts = job_parts("digits", LONG, (2, 2))
+    wait_until(lambda: any(run.out.glob("checkpoints/step-????????")))
+    memory = Memory([psutil.Process(pid) for pid in pids(hosts, "host1", "RayWorker")], parts.layout)
+    flip = memory.flip_in_time(random.Random(new_seed()), run.out, vector="parameters", bit=20)
+    memory.close()
+    run.ends_as(undisturbed)
+    (event,) = corruptions(run.out)
+    assert event["host"] == ("host1" if every == 1 or flip.step % 100 == 0 else "unknown")
+    assert event["lane"] in (0, 1)
+    assert result_of(run.out)["restarts"] == 1
+    text = run.log.read_text()
+    assert text.count("E_CORRUPT_STATE step=") == 1
+    assert "I_RESUMED step=" in text
+
+
 def test_a_killed_node_comes_back(nodes, hosts, running, undisturbed):
     """A node that is killed and started again takes its part again: the undisturbed bits."""
     run = running(5)
@@ -360,6 +382,17 @@ def test_a_killed_node_comes_back(nodes, hosts, running, undisturbed):
     nodes.start("host2")
     run.ends_as(undisturbed)
     assert "E_LOST_WORKER" in run.log.read_text()
+
+
+def test_a_node_that_dies_while_its_worker_is_replaced(nodes, hosts, running, undisturbed):
+    """A replacement that Ray gives up because its node has just died is started again."""
+    run = running(5)
+    os.kill(pids(hosts, "host2", "RayWorker")[0], signal.SIGKILL)
+    wait_until(lambda: "E_LOST_WORKER" in run.log.read_text())
+    hosts.kill("host2")
+    hosts.restart("host2")
+    nodes.start("host2")
+    run.ends_as(undisturbed)
 
 
 def test_a_killed_driver_takes_its_actors_along(hosts, running):
