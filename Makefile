@@ -19,6 +19,9 @@ IS_USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 # What pytest is told besides, as in: make test PYTEST_ARGS="tests/nn -x"
 PYTEST_ARGS ?= -m "not slow"
 
+# Tests wait much, so two files run at a time, also on one core; `make test PYTEST_WORKERS=` runs one.
+PYTEST_WORKERS ?= -n 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help train test check chaos faults lint types format install clean mpi-environments ray-environment cluster-up cluster-down
@@ -30,7 +33,7 @@ train: $(INSTALLED)  ## train on the built-in digits with all cores; says how we
 	@$(BIN)/distbp train digits
 
 test: $(TESTABLE)  ## run the tests (PYTEST_ARGS= runs those of several minutes too)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 check: lint types test  ## format, lint, types and tests: what CI runs
 

@@ -191,6 +191,10 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "numbers for each code; none: 8"
         ),
     ] = None
+    dropout: Annotated[
+        BelowOne | None,
+        Meta(description="lenet, cnn: share dropped before the connected layers; none: lenet 0.5, cnn 0"),
+    ] = None
     cross: Annotated[
         Annotated[int, Meta(ge=0, le=16)] | None,
         Meta(description="tabular: features in one product, 0 for no products; none: 2"),
@@ -228,14 +232,16 @@ class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: Annotated[
         Literal["auto", "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd"],
         Meta(
-            description="update rule; auto: adamw for the transformer, adam for tabular and audio, else sgd"
+            description="update rule; auto: adamw for tabular and the transformer, adam for audio and lenet, "
+            "else sgd"
         ),
     ] = "auto"
     lr: Annotated[
         Positive | None,
         Meta(
-            description="learning rate at the peak of the schedule; none: the update rule's own, but for sgd "
-            "0.01 with cnn and 0.03 with lenet"
+            description="learning rate at the peak of the schedule; none: the update rule's own, but 0.002 "
+            "for adam with lenet, 0.003 for adamw with tabular, 0.03 for sgd with lenet, 0.01 for sgd with "
+            "cnn"
         ),
     ] = None
     momentum: Annotated[

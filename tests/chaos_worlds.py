@@ -385,5 +385,6 @@ def open_world(where, disk, temporary):
     }
     prefixes = {name: path for name, path in prefixes.items() if (path / "bin" / launchers[name]).exists()}
     if not prefixes:
-        sys.exit(f"no environment for {where}: run make {'ray' if where == 'ray' else 'mpi'}-environment(s)")
+        target = "ray-environment" if where == "ray" else "mpi-environments"
+        sys.exit(f"there is no environment for {where}: run make {target}")
     return {"mpirun": MpirunWorld, "ray": RayWorld}[where](disk, temporary, prefixes)

@@ -98,6 +98,7 @@ NO_ALTERNATIVE = {
     "model.heads": "the same",
     "model.width": "the same",
     "model.cross": "the same",
+    "model.dropout": "the same",
     "loss.delta": "refused but for 'huber', which is for numbers",
     "optimizer.beta1": "refused for sgd; part of the options of the optimizers that have it",
     "optimizer.beta2": "the same",

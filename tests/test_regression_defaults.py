@@ -160,7 +160,7 @@ def test_the_model_decides_the_learning_rate_where_none_was_given() -> None:
     digits = prepare(
         load("digits"), validation_fraction=0.1, split="random", normalize="auto", seed=0
     ).preprocessing
-    for name, given, wanted in (("mlp", None, 0.1), ("lenet", None, 0.03), ("lenet", 0.2, 0.2)):
+    for name, given, wanted in (("mlp", None, 0.1), ("lenet", None, 0.002), ("lenet", 0.2, 0.2)):
         overrides = [f"model.name={name}"] + [f"optimizer.lr={given}"] * (given is not None)
         config = configuration.resolve(overrides=overrides).config
         assert with_task_defaults(config, digits).optimizer.lr == wanted

@@ -361,7 +361,8 @@ class MPIMembership:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
-        self._mpi.Finalize()
+        with suppress(self._mpi.Exception):  # Nobody is there to leave with when the launcher was killed.
+            self._mpi.Finalize()
         ctypes.CDLL(None).exit(code)
         raise AssertionError("exit does not return")
 

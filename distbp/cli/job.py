@@ -71,11 +71,16 @@ LOSSES_FOR = {
 }
 """Task -> the losses that fit it, the natural one first."""
 
-OPTIMIZER_OF = {"audio": "adam", "tabular": "adam", "transformer": "adamw"}
-"""`optimizer.name` where none was given, for the models that another than SGD suits."""
+OPTIMIZER_OF = {"audio": "adam", "lenet": "adam", "tabular": "adamw", "transformer": "adamw"}
+"""`optimizer.name` where none was given, for the models that another than SGD suits (docs/LOG.md)."""
 
-LR_OF = {"cnn": 0.01, "lenet": 0.03}
-"""`optimizer.lr` for SGD where none was given, for the models that need a lower one than SGD's own.
+LR_OF = {
+    ("cnn", "sgd"): 0.01,
+    ("lenet", "adam"): 0.002,
+    ("lenet", "sgd"): 0.03,
+    ("tabular", "adamw"): 0.003,
+}
+"""`optimizer.lr` where none was given, for models and update rules that want another than the rule's own.
 
 Convolutions share their weights over all places of an image, so their gradients add up, and without a norm
 behind them nothing takes that back: cnn learns nothing at 0.03, and lenet ends worse at 0.1 (docs/LOG.md).
@@ -145,8 +150,7 @@ def with_task_defaults(config: Config, preprocessing: Preprocessing) -> Config:
     if optimizer.name == "auto":
         optimizer = msgspec.structs.replace(optimizer, name=OPTIMIZER_OF.get(model.name, "sgd"))
     if optimizer.lr is None:
-        lr = OPTIMIZERS[optimizer.name].default_lr
-        lr = LR_OF.get(model.name, lr) if optimizer.name == "sgd" else lr
+        lr = LR_OF.get((model.name, optimizer.name), OPTIMIZERS[optimizer.name].default_lr)
         optimizer = msgspec.structs.replace(optimizer, lr=lr)
     if optimizer.clip_norm is None and preprocessing.task != "classification":
         optimizer = msgspec.structs.replace(optimizer, clip_norm=CLIP_NORM_FOR_NUMBERS)

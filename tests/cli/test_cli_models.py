@@ -12,7 +12,7 @@ import pytest
 from distbp import nn
 from distbp.data import load
 
-from .command_line import succeed
+from .command_line import refuse, succeed
 from .conftest import write_table
 
 
@@ -116,3 +116,28 @@ def test_bells_by_their_name(tmp_path: Path) -> None:
     assert 'name = "adam"' in config
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["validation"]["accuracy"] is not None
+
+
+def test_codes_are_for_the_tabular_model(tmp_path: Path) -> None:
+    """Another model would take codes for amounts, so it is refused; one feature for each text is for all."""
+    data = ratings(tmp_path)
+    options = ["-o", "model.name=mlp", "-o", "data.categories=codes"]
+    assert "needs 'tabular'" in refuse(2, "train", data, *options, cwd=tmp_path)
+    assert "20,000 products" in refuse(
+        2, "train", "digits", "-o", "model.name=tabular", "-o", "model.cross=4", cwd=tmp_path
+    )
+
+
+def test_samples_on_a_disk_are_those_of_memory(tmp_path: Path) -> None:
+    """Left in their file, samples train two workers to the parameters of samples that are held."""
+    digits = load("digits").train
+    np.save(tmp_path / "x.npy", digits.x[:300])
+    np.save(tmp_path / "y.npy", digits.y[:300])
+    hashes = []
+    for where in ("true", "false"):
+        options = ["-o", f"data.on_disk={where}", "-o", "data.shuffle=block", "-o", "train.max_steps=7"]
+        succeed("train", ".", *options, "--nproc", 2, "--out", f"run-{where}", cwd=tmp_path)
+        hashes.append(json.loads((tmp_path / f"run-{where}" / "result.json").read_text())["state_sha256"])
+    assert hashes[0] == hashes[1]
+    found = json.loads(succeed("evaluate", "run-true", "x.npy", "--json", cwd=tmp_path))
+    assert found["samples"] == 300

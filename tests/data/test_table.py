@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distbp.data import Source, load
+from distbp.data import Options, Source, Sources, load, prepare
 from distbp.errors import ConfigError, DataError
 
 
@@ -118,3 +118,44 @@ def test_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"a,y\ncaf\xe9,1\n")
     with pytest.raises(DataError, match=r"UTF-8 text, got byte 0xe9.*iconv"):
         load(str(tmp_path / "t.csv"))
+
+
+CODES = Options(categories="codes", categorical=("user",))
+
+
+def test_columns_of_codes(tmp_path: Path) -> None:
+    """With codes a column of texts is one feature that counts them from 1, and the schema says where."""
+    source = read(tmp_path, "a,town,user,label\n1,Rome,7,x\n2,Bonn,30,y\n3,Rome,7,y\n", options=CODES)
+    assert source.x.tolist() == [[1, 2, 2], [2, 1, 1], [3, 2, 2]]
+    assert source.schema["codes_at"] == [[1, 3], [2, 3]]
+    again = read(tmp_path, "a,town,user\n5,Oslo,7\n6,Bonn,8\n", schema=source.schema, labelled=False)
+    assert again.x.tolist() == [[5, 0, 2], [6, 1, 0]]
+
+
+def test_numbers_that_are_names(tmp_path: Path) -> None:
+    """A column of numbers can be read as texts, one feature for each, and must be one of the table."""
+    text = "user,a,y\n7,1,0\n30,2,1\n7,3,1\n"
+    source = read(tmp_path, text, options=Options(categorical=("user",)))
+    assert source.x.tolist() == [[0, 1, 1], [1, 0, 2], [0, 1, 3]]
+    assert "codes_at" not in source.schema
+    for wrong in ("usr", "y"):
+        with pytest.raises(ConfigError, match=rf"data\.categorical: .*got '{wrong}'"):
+            read(tmp_path, text, options=Options(categorical=(wrong,)))
+
+
+def test_codes_are_not_normalised(tmp_path: Path) -> None:
+    """Numbers get mean 0, codes beside them stay what they are; one mean for all is refused."""
+    sources = load_sources(tmp_path, "a,town,y\n1,Rome,0\n3,Bonn,1\n", CODES_ONLY)
+    made = prepare(sources, validation_fraction=0, split="auto", normalize="auto", seed=0)
+    assert made.train.x.tolist() == [[-1, 2], [1, 1]]
+    with pytest.raises(ConfigError, match="columns of codes"):
+        prepare(sources, validation_fraction=0, split="auto", normalize="global", seed=0)
+
+
+CODES_ONLY = Options(categories="codes")
+
+
+def load_sources(tmp_path: Path, text: str, options: Options) -> Sources:
+    """Write a table and load it."""
+    (tmp_path / "t.csv").write_text(text)
+    return load(str(tmp_path / "t.csv"), options=options)

@@ -150,3 +150,18 @@ def test_a_cut_link_ends_the_script(hosts, flavour, tmp_path):
     finally:
         hosts.mend("host1")
         job.close()
+
+
+@pytest.mark.parametrize("flavour", ["mpich", "openmpi"])
+def test_a_killed_launcher_is_a_loss_on_all_hosts(hosts, flavour, tmp_path):
+    """After kill -9 of mpirun itself the answer is 69, whatever ranks could still say, and none is left."""
+    job = HostsJob(hosts, flavour, 1, tmp_path / "run")
+    try:
+        names = ("mpirun", "mpiexec", "mpiexec.hydra", "prterun")
+        running = hosts.processes("host0").items()
+        (launcher,) = [pid for pid, argv in running if Path(argv[0]).name in names]
+        os.kill(launcher, signal.SIGKILL)
+        assert job.wait() == 69, job.said.read_text()
+        wait_until(lambda: not job.ranks("host0") and not job.ranks("host1"))
+    finally:
+        job.close()

@@ -151,7 +151,13 @@ TRAINING = Context(training=True)
 NEED_TWO_SAMPLES = {"batch norm of vectors"}
 """One sample has no variance, and the layer refuses it."""
 
-KNOW_THE_MODE = {"audio", "dropout", "resnet", *(name for name in LAYERS if name.startswith("batch norm"))}
+KNOW_THE_MODE = {
+    "audio",
+    "dropout",
+    "lenet",
+    "resnet",
+    *(name for name in LAYERS if name.startswith("batch norm")),
+}
 """Evaluation is meant to give something else than training."""
 
 
