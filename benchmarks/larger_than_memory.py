@@ -6,7 +6,8 @@ blocks, and fully shuffled.  Beside them the same without a limit, on as many of
 memory easily.  Rounds alternate; before each the kernel is asked to forget the file.
 
 What counts is `samples_per_second` of the steps.  Before the first step mean and deviation are taken of all
-samples, in two passes; `start` is the time until then.
+samples, in two passes; `start` is the time until then.  `--raw` leaves them out (data.normalize=none), which
+also leaves nothing of the file in the page cache.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--raw", action="store_true")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     arguments = parser.parse_args()
     make(arguments.folder / "large", arguments.samples)
@@ -83,6 +85,7 @@ def measure(way: str, arguments: argparse.Namespace, number: int) -> tuple[float
     settings = [*settings, "model.hidden=[1024,1024]", "optimizer.lr=0.001", "train.batch_size=256"]
     settings += [f"train.max_steps={arguments.steps}", "data.validation_fraction=0"]
     settings += ["checkpoint.every_seconds=none"]
+    settings += ["data.normalize=none"] * arguments.raw
     options = [word for setting in settings for word in ("-o", setting)]
     command = [sys.executable, "-m", "distbp.cli.main", "train", str(folder), *options]
     command += ["--nproc", str(arguments.nproc), "--out", str(out)]

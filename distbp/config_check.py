@@ -30,6 +30,7 @@ __all__ = [
     "shown",
     "tables",
     "takes_text",
+    "takes_texts",
 ]
 
 # Ten thousand million parameters are 40 GB a vector, and a run holds four vectors or more.
@@ -96,6 +97,18 @@ def tables() -> frozenset[str]:
 def takes_text(key: Key) -> bool:
     """Say whether every value of `key` is a text, so that `7` on the command line means "7"."""
     return isinstance(key.type, inspect.StrType | inspect.LiteralType)
+
+
+def takes_texts(key: Key) -> bool:
+    """Say whether `key` is a list of texts."""
+    return isinstance(key.type, inspect.VarTupleType) and isinstance(
+        _plain(key.type.item_type), inspect.StrType
+    )
+
+
+def _plain(kind: inspect.Type) -> inspect.Type:
+    """Take the description off a declared type."""
+    return kind.type if isinstance(kind, inspect.Metadata) else kind
 
 
 def check_value(key: Key, value: object) -> object:

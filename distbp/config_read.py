@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distbp.config_check import check_value, keys, nearest, shown, tables, takes_text
+from distbp.config_check import check_value, keys, nearest, shown, tables, takes_text, takes_texts
 from distbp.errors import ConfigError, InputMissing
 
 __all__ = ["Problem", "Setting", "from_environment", "from_flags", "from_overrides", "from_tree", "read_file"]
@@ -140,10 +140,15 @@ def from_environment(environment: Mapping[str, str]) -> Found:
 
 
 def _value_of(path: str, text: str) -> object:
-    """Return a text as the TOML value that it spells, or else the text itself."""
+    """Return a text as the TOML value that it spells, or else the text itself.
+
+    A list of texts may also be written as a shell likes it, without quotes: user,item or [user, item].
+    """
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):  # Broken TOML, too many digits, too deep.
+        if path in keys() and takes_texts(keys()[path]) and '"' not in text:
+            return [word.strip() for word in text.removeprefix("[").removesuffix("]").split(",")]
         return text
     # A text with a line break could spell a second key; then it is no single value.
     value = parsed["value"] if list(parsed) == ["value"] else text

@@ -490,3 +490,17 @@ def test_the_configuration_imports_no_numpy() -> None:
     """`distbp --help` and a refused configuration do not pay for NumPy."""
     program = "import sys, distbp.config as c; c.resolve(); sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], env=dict(os.environ), check=False).returncode == 0
+
+
+@pytest.mark.parametrize("text", ['["user","item"]', "user,item", "[user, item]"])
+def test_a_list_of_texts_needs_no_quotes(text):
+    """A shell takes quotes away, so names of columns may come without."""
+    found = resolve(overrides=[f"data.categorical={text}"]).config.data.categorical
+    assert found == ("user", "item")
+
+
+@pytest.mark.parametrize("text", ["user,,item", "user,", ","])
+def test_empty_names_in_a_list_are_refused(text):
+    """A comma too many is a mistake and not a column."""
+    with pytest.raises(ConfigError, match=r"data\.categorical: expected a list"):
+        resolve(overrides=[f"data.categorical={text}"])
