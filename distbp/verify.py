@@ -190,6 +190,8 @@ class StateCheck:
 
         It is a barrier of the host too, also where nothing is checked.
         """
+        # Until the first worker of the host has committed, nobody knows what is covered.
+        self._arena.barrier.wait()
         self.look_back(step)
         self.agree()
         self._arena.barrier.wait()
