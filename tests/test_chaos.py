@@ -10,7 +10,7 @@ import pytest
 
 from tests.soaking import REPOSITORY
 
-SHORT = ["--steps", "1500", "--seed", "3", "--kinds"]
+SHORT = ["--steps", "6000", "--seed", "3", "--kinds"]
 
 
 def chaos(*words):

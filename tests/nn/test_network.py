@@ -269,7 +269,15 @@ def test_models_by_name(name):
         assert network.output_shape == outputs
 
 
-@pytest.mark.parametrize("name", [name for name in MODEL_EXAMPLES if not name.startswith("resnet")])
+@pytest.mark.parametrize(
+    "name",
+    # Half a minute for the spectrum of its long samples; a small one is among the layers.
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "audio" else [])
+        for name in MODEL_EXAMPLES
+        if not name.startswith("resnet")
+    ],
+)
 def test_gradients_of_whole_models(name):
     """The gradient of every parameter of a model is that of differences and Taylor remainders.
 
