@@ -8,7 +8,7 @@ and the most, and the median of the ratios of neighbouring rounds.  The slower r
 `one` is one node, `two` are two emulated nodes (Linux, root), whose network is memory: what is measured there
 is the cost of the software, or with `--rate-mbit` a link.
 
-Run it in an environment that has Ray and torch: `pip install 'distbp[ray]' torch`.
+Run it in an environment that has Ray and torch: `pip install '.[ray]' torch`.
 """
 
 from __future__ import annotations

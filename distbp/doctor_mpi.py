@@ -139,7 +139,7 @@ def _without_mpi(
         started = say_count(claimed.size, "process")
         finding, cure = (
             f"{claimed.launcher} started {started}; mpi4py is missing",
-            "pip install 'distbp[mpi]'",
+            "pip install 'mpi4py>=4.1'",
         )
     if claimed.rank == 0:
         report = Report(examine(out, without=REPLACED))

@@ -170,7 +170,7 @@ class _Examination:
     def _check_before_joining(self) -> None:
         """Check Ray's version and, of a cluster with a plain address, whether it takes our token."""
         if importlib.util.find_spec("ray") is None:
-            self._give_up("ray", Verdict("FAIL", "ray is not installed", "pip install 'distbp[ray]'"))
+            self._give_up("ray", Verdict("FAIL", "ray is not installed", "pip install 'ray[default]>=2.54'"))
         ray = check_ray()
         if ray.status != "ok":
             self._give_up("ray", Verdict("FAIL", ray.finding, ray.cure))

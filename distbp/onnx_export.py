@@ -30,7 +30,7 @@ def export_onnx(network: Network, preprocessing: Preprocessing | None = None) ->
         from onnx import TensorProto, checker, helper
     except ImportError as error:
         raise EnvironmentMismatch(
-            "export needs the package onnx, which is not installed: pip install 'distbp[onnx]'"
+            "export needs the package onnx, which is not installed: pip install onnx"
         ) from error
     graph = Graph()
     codes = network.layer.takes_codes

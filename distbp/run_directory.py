@@ -29,7 +29,7 @@ from typing import Any
 import msgspec
 
 from distbp import checkpoint
-from distbp.backends.base import Admission, Plan
+from distbp.backends.base import Admission, Plan, differences
 from distbp.errors import (
     CannotWrite,
     CheckpointError,
@@ -40,6 +40,9 @@ from distbp.errors import (
 )
 from distbp.metrics.records import append_record
 from distbp.terminal import say
+
+_HASH_DIGITS = 64
+"""Hexadecimal digits of a SHA-256."""
 
 __all__ = ["RunDirectory", "default_name"]
 
@@ -206,14 +209,13 @@ def compare_identity(plan: Plan, metadata: dict[str, Any], path: Path) -> None:
     held = metadata.get("identity", {})
     wanted = json.loads(json.dumps(plan.identity))
     differing = [
-        f"  {key}: the checkpoint has {held.get(key)!r}, this run {wanted.get(key)!r}"
-        for key in sorted({*held, *wanted})
-        if held.get(key) != wanted.get(key)
+        f"  {key}: the checkpoint has {_shorten(one)}, this run {_shorten(two)}"
+        for key, one, two in differences(held, wanted)
     ]
     if differing:
         raise ConfigError(
             f"{path} belongs to another run:\n" + "\n".join(differing) + "\n"
-            "give the same options, or choose another directory with --out"
+            "give the same options, or choose another directory: --out, in a script fit(..., out=...)"
         )
     before, now = metadata.get("environment", {}), plan.environment
     changed = [
@@ -223,6 +225,12 @@ def compare_identity(plan: Plan, metadata: dict[str, Any], path: Path) -> None:
         say(
             "distbp: W_ENVIRONMENT_CHANGED since the checkpoint: " + "; ".join(changed) + "; bits may differ",
         )
+
+
+def _shorten(value: Any) -> str:
+    """Return a value as a message shows it: of a hash the first digits do."""
+    is_hash = isinstance(value, str) and len(value) == _HASH_DIGITS
+    return f"{value[:16]}..." if is_hash else repr(value)
 
 
 def write_file(path: Path, text: str) -> None:

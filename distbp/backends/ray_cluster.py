@@ -199,7 +199,9 @@ def _import_ray() -> Any:
         import ray
         import ray.util
     except ImportError as error:
-        raise EnvironmentMismatch(f"backend 'ray' needs Ray: pip install 'distbp[ray]' ({error})") from error
+        raise EnvironmentMismatch(
+            f"backend 'ray' needs Ray: pip install 'ray[default]>=2.54' ({error})"
+        ) from error
     version = tuple(int(part) for part in ray.__version__.split(".")[:2])
     if version < OLDEST_RAY:
         raise EnvironmentMismatch(

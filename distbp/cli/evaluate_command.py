@@ -16,7 +16,7 @@ import click
 __all__ = ["command"]
 
 
-@click.command(help="Measure the model in MODEL, a run or a checkpoint, on all samples of DATA.")
+@click.command(help="Measure the model of RUN or CHECKPOINT on all samples of DATA.")
 @click.argument("model", metavar="RUN|CHECKPOINT")
 @click.argument("data")
 @click.option("--target", metavar="COLUMN", help="Column of the labels.  [default: as in training]")

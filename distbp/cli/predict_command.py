@@ -98,7 +98,7 @@ def _read(trained: TrainedModel, data: str, part: str | None) -> Samples:
         return read_samples(trained, data, part=part)
     except (DataError, InputMissing) as reason:
         samples = read_samples(trained, data, part=part, labelled=False)
-        print(f"distbp: no labels are used: {reason}", file=sys.stderr)
+        print(f"distbp: predictions without accuracy, since there are no labels: {reason}", file=sys.stderr)
         return samples
 
 

@@ -76,7 +76,7 @@ def _opened(file: Path, use: Callable[[Image], Any]) -> Any:
         from PIL import Image
     except ImportError as error:
         raise EnvironmentMismatch(
-            "folders of images need Pillow, which is not installed: pip install 'distbp[image]'"
+            "folders of images need Pillow, which is not installed: pip install pillow"
         ) from error
     try:
         with warnings.catch_warnings():

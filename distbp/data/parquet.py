@@ -47,7 +47,7 @@ def _parse(path: Path) -> Table:
         from pyarrow import parquet
     except ImportError as error:
         raise EnvironmentMismatch(
-            "Parquet files need pyarrow, which is not installed: pip install 'distbp[parquet]'"
+            "Parquet files need pyarrow, which is not installed: pip install pyarrow"
         ) from error
     try:
         with parquet.ParquetFile(path) as file:

@@ -59,7 +59,7 @@ def test_without_ray_the_doctor_says_so(tmp_path: Path) -> None:
     done = distbp("doctor", "--backend", "ray", cwd=tmp_path)
     assert done.returncode == 78
     assert "FAIL  ray" in done.stdout
-    assert "cure: pip install 'distbp[ray]'" in done.stdout
+    assert "cure: pip install 'ray[default]>=2.54'" in done.stdout
     assert "ok    arena" in done.stdout
 
 

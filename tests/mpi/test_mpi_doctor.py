@@ -177,7 +177,7 @@ def test_a_missing_mpi4py_fails_once(mpi, tmp_path):
     found = checks_of(done.stdout)
     assert failed(found) == ["launcher"]
     assert "started 3 processes; mpi4py is missing" in found["launcher"]["finding"]
-    assert found["launcher"]["cure"] == "pip install 'distbp[mpi]'"
+    assert found["launcher"]["cure"] == "pip install 'mpi4py>=4.1'"
 
 
 def test_a_missing_library_fails_once(mpi, tmp_path):

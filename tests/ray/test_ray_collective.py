@@ -132,7 +132,7 @@ def test_registering_needs_ray():
     ended = subprocess.run(
         [prefix / "bin" / "python", "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
-    assert "pip install -U 'distbp[ray]'" in ended.stdout
+    assert "pip install -U 'ray[default]>=2.54'" in ended.stdout
 
 
 @pytest.mark.parametrize("layout", ["3", "1+1", "2+1"])

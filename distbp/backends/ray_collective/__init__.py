@@ -45,7 +45,7 @@ def register(*, deadline_s: float = 30.0, meeting_s: float = 60.0) -> None:
     except ImportError as error:
         raise EnvironmentMismatch(
             "backend 'distbp' needs a Ray whose ray.util.collective takes other backends, and it cannot be "
-            f"imported ({error}): pip install -U 'distbp[ray]'"
+            f"imported ({error}): pip install -U 'ray[default]>=2.54'"
         ) from error
     for name, seconds in (("deadline_s", deadline_s), ("meeting_s", meeting_s)):
         if not seconds > 0:
