@@ -217,7 +217,7 @@ def test_a_size_for_other_data_is_refused():
 def test_without_pillow_the_cure_is_named(pets, monkeypatch):
     """Where Pillow is missing the error says what to install."""
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(EnvironmentMismatch, match=r"pip install 'distbp\[image\]'"):
+    with pytest.raises(EnvironmentMismatch, match="pip install pillow"):
         load(str(pets))
 
 
