@@ -27,7 +27,7 @@ from distbp.arena import Arena, ArenaLayout
 from distbp.backends.base import Seat
 from distbp.exchange import cut_pieces
 from distbp.nn import arrange
-from distbp.optim import SGD, norm
+from distbp.optim import SGD, Update, norm
 from distbp.optim.chunks import new_scratch
 from distbp.verify import StateCheck, cover_state
 
@@ -100,15 +100,16 @@ def time_updates(every, count):
         begun = time.thread_time()
         for span in check.begin(step, covered=False):
             part = slice(span.low, span.high)
-            optimizer.apply(
-                arena.slots[0][0][part],
+            update = Update(
+                gradient=arena.slots[0][0][part],
                 scale=1e-3,
                 lr=0.1,
-                update=step + 1,
+                number=step + 1,
                 current={name: vector[part] for name, vector in arena.vectors(step).items()},
                 following={name: vector[part] for name, vector in arena.vectors(step + 1).items()},
                 scratch=scratch,
             )
+            optimizer.apply(update)
             check.follow(span)
         check.follow_scalars()
         yield time.thread_time() - begun

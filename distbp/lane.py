@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from distbp.arena import Arena
 from distbp.exchange import Piece
 from distbp.job import SKIPPED, WEIGHT, Job
-from distbp.optim import SliceTensors, norm
+from distbp.optim import SliceTensors, TensorPart, Update, norm
 from distbp.optim.chunks import new_scratch
 
 __all__ = ["Lane"]
@@ -77,20 +77,15 @@ class Lane:
 
     def prepare(self, step: int, tail: NDArray[np.float64]) -> None:
         """Let the optimizer write its own sums; only where it has any."""
-        optimizer = self._job.optimizer
         for part in map(self._slice, self._pieces):
-            optimizer.prepare(
-                **self._arguments(part, step, tail),
-                tensors=part.tensors.parts,
-                blocks=part.ranges,
-                sums=self._sums[1:, part.blocks],
-            )
+            update = self._update(part, step, tail, part.tensors.parts)
+            self._job.optimizer.prepare(update, part.ranges, self._sums[1:, part.blocks])
 
     def apply(self, span: Span, step: int, tail: NDArray[np.float64]) -> None:
         """Write the next generation of a span of the lane."""
-        job, part = self._job, self._slice(span)
-        tensors = part.tensors.with_sums(self._sums) if job.optimizer.num_sums else ()
-        job.optimizer.apply(**self._arguments(part, step, tail), lr=job.schedule(step), tensors=tensors)
+        optimizer, part = self._job.optimizer, self._slice(span)
+        tensors = part.tensors.with_sums(self._sums) if optimizer.num_sums else ()
+        optimizer.apply(self._update(part, step, tail, tensors))
 
     def copy(self, span: Span, step: int) -> None:
         """Copy a span to the next generation: a step that is skipped changes nothing."""
@@ -113,15 +108,19 @@ class Lane:
             )
         return self._slices[key]
 
-    def _arguments(self, part: _Slice, step: int, tail: NDArray[np.float64]) -> dict[str, Any]:
-        """Return what `prepare` and `apply` of an optimizer are both told."""
+    def _update(
+        self, part: _Slice, step: int, tail: NDArray[np.float64], tensors: Sequence[TensorPart]
+    ) -> Update:
+        """Return what the optimizer is told about a span."""
         arena, job = self._arena, self._job
         weight = float(tail[WEIGHT])
-        return {
-            "gradient": arena.slots[0][0][part.elements],
-            "scale": norm.clip_factor(self._sums[0], weight, job.clip_norm) / weight,
-            "update": step - int(arena.scalars(step)[SKIPPED]) + 1,
-            "current": {name: vector[part.elements] for name, vector in arena.vectors(step).items()},
-            "following": {name: vector[part.elements] for name, vector in arena.vectors(step + 1).items()},
-            "scratch": self._scratch,
-        }
+        return Update(
+            gradient=arena.slots[0][0][part.elements],
+            scale=norm.clip_factor(self._sums[0], weight, job.clip_norm) / weight,
+            lr=job.schedule(step),
+            number=step - int(arena.scalars(step)[SKIPPED]) + 1,
+            current={name: vector[part.elements] for name, vector in arena.vectors(step).items()},
+            following={name: vector[part.elements] for name, vector in arena.vectors(step + 1).items()},
+            scratch=self._scratch,
+            tensors=tensors,
+        )

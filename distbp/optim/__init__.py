@@ -9,7 +9,7 @@ from __future__ import annotations
 from distbp.optim.adagrad import Adagrad
 from distbp.optim.adam import Adam, AdamW
 from distbp.optim.average import Averaged
-from distbp.optim.base import Optimizer, TensorPart, Vectors
+from distbp.optim.base import Optimizer
 from distbp.optim.choose import choose
 from distbp.optim.chunks import CHUNK, new_scratch
 from distbp.optim.lamb import LAMB
@@ -20,6 +20,7 @@ from distbp.optim.rmsprop import RMSProp
 from distbp.optim.schedules import SCHEDULES, Schedule
 from distbp.optim.sgd import SGD
 from distbp.optim.tensors import SliceTensors
+from distbp.optim.update import TensorPart, Update, Vectors
 
 __all__ = [
     "CHUNK",
@@ -38,6 +39,7 @@ __all__ = [
     "Schedule",
     "SliceTensors",
     "TensorPart",
+    "Update",
     "Vectors",
     "blocks",
     "choose",

@@ -12,14 +12,11 @@ PyTorch's Adagrad.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from numpy.typing import NDArray
 
-from distbp.optim.base import Optimizer, TensorPart, Vectors
+from distbp.optim.base import Optimizer
 from distbp.optim.checks import check_decay, check_epsilon
-from distbp.optim.chunks import chunks
+from distbp.optim.update import Update
 
 __all__ = ["Adagrad"]
 
@@ -35,31 +32,15 @@ class Adagrad(Optimizer):
         self.epsilon = check_epsilon("epsilon", epsilon)
         self.weight_decay = check_decay(weight_decay)
 
-    def apply(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        lr: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart] = (),
-    ) -> None:
+    def apply(self, update: Update) -> None:
         """Write the next generation of a slice; see `Optimizer.apply`."""
-        scale, lr = float(scale), float(lr)
-        for part in chunks(len(gradient)):
-            g, spare = scratch[:2, : part.stop - part.start]
+        current, following = update.current, update.following
+        for part, g, spare in update.pieces(decay=self.weight_decay):
             p, s = current["parameters"][part], following["sum_of_squares"][part]
-            np.multiply(gradient[part], scale, out=g)
-            if self.weight_decay:
-                np.multiply(p, self.weight_decay, out=spare)
-                np.add(g, spare, out=g)
             np.multiply(g, g, out=spare)
             np.add(current["sum_of_squares"][part], spare, out=s)
             np.sqrt(s, out=spare)
             np.add(spare, self.epsilon, out=spare)
             np.divide(g, spare, out=spare)
-            np.multiply(spare, lr, out=spare)
+            np.multiply(spare, update.lr, out=spare)
             np.subtract(p, spare, out=following["parameters"][part])

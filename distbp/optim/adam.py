@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distbp.optim.base import Optimizer, TensorPart, Vectors
+from distbp.optim.base import Optimizer
 from distbp.optim.checks import check_decay, check_epsilon, check_share
-from distbp.optim.chunks import chunks
+from distbp.optim.update import Update
 
 __all__ = ["Adam", "AdamW", "Moments", "power"]
 
@@ -53,8 +52,9 @@ class Moments(Optimizer, ABC):
         self.epsilon = check_epsilon("epsilon", epsilon)
         self.weight_decay = check_decay(weight_decay)
 
-    def average(self, g: Slice, spare: Slice, current: Vectors, following: Vectors, part: slice) -> None:
+    def average(self, update: Update, part: slice, g: Slice, spare: Slice) -> None:
         """Write m and v of `part` from its gradient `g`, which is used up."""
+        current, following = update.current, update.following
         m, v = following["first_moment"][part], following["second_moment"][part]
         np.multiply(current["first_moment"][part], self.beta1, out=m)
         np.multiply(g, 1.0 - self.beta1, out=spare)
@@ -64,42 +64,26 @@ class Moments(Optimizer, ABC):
         np.multiply(g, 1.0 - self.beta2, out=g)
         np.add(v, g, out=v)
 
-    def direct(self, size: float, update: int, following: Vectors, part: slice, out: Slice) -> None:
+    def direct(self, update: Update, part: slice, size: float, out: Slice) -> None:
         """Write `size * u` of `part` into `out`, from m and v as `average` left them."""
+        following, number = update.following, update.number
         np.sqrt(following["second_moment"][part], out=out)
-        np.multiply(out, 1.0 / math.sqrt(1.0 - power(self.beta2, update)), out=out)
+        np.multiply(out, 1.0 / math.sqrt(1.0 - power(self.beta2, number)), out=out)
         np.add(out, self.epsilon, out=out)
         np.divide(following["first_moment"][part], out, out=out)
-        np.multiply(out, size / (1.0 - power(self.beta1, update)), out=out)
+        np.multiply(out, size / (1.0 - power(self.beta1, number)), out=out)
 
 
 class Adam(Moments):
     """Adam, with weight decay as an L2 term."""
 
-    def apply(
-        self,
-        gradient: Slice,
-        *,
-        scale: float,
-        lr: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: Slice,
-        tensors: Sequence[TensorPart] = (),
-    ) -> None:
+    def apply(self, update: Update) -> None:
         """Write the next generation of a slice; see `Optimizer.apply`."""
-        scale, lr = float(scale), float(lr)
-        for part in chunks(len(gradient)):
-            g, spare = scratch[:2, : part.stop - part.start]
-            p = current["parameters"][part]
-            np.multiply(gradient[part], scale, out=g)
-            if self.weight_decay:
-                np.multiply(p, self.weight_decay, out=spare)
-                np.add(g, spare, out=g)
-            self.average(g, spare, current, following, part)
-            self.direct(lr, update, following, part, spare)
-            np.subtract(p, spare, out=following["parameters"][part])
+        p, following = update.current["parameters"], update.following["parameters"]
+        for part, g, spare in update.pieces(decay=self.weight_decay):
+            self.average(update, part, g, spare)
+            self.direct(update, part, update.lr, spare)
+            np.subtract(p[part], spare, out=following[part])
 
 
 class AdamW(Moments):
@@ -115,28 +99,14 @@ class AdamW(Moments):
     ) -> None:
         super().__init__(beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=weight_decay)
 
-    def apply(
-        self,
-        gradient: Slice,
-        *,
-        scale: float,
-        lr: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: Slice,
-        tensors: Sequence[TensorPart] = (),
-    ) -> None:
+    def apply(self, update: Update) -> None:
         """Write the next generation of a slice; see `Optimizer.apply`."""
-        scale, lr = float(scale), float(lr)
-        for part in chunks(len(gradient)):
-            g, spare = scratch[:2, : part.stop - part.start]
-            p = current["parameters"][part]
-            np.multiply(gradient[part], scale, out=g)
-            self.average(g, spare, current, following, part)
-            self.direct(lr, update, following, part, spare)
-            np.multiply(p, 1.0 - lr * self.weight_decay, out=g)
-            np.subtract(g, spare, out=following["parameters"][part])
+        p, following = update.current["parameters"], update.following["parameters"]
+        for part, g, spare in update.pieces():
+            self.average(update, part, g, spare)
+            self.direct(update, part, update.lr, spare)
+            np.multiply(p[part], 1.0 - update.lr * self.weight_decay, out=g)
+            np.subtract(g, spare, out=following[part])
 
 
 def power(base: float, exponent: int) -> float:

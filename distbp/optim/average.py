@@ -15,14 +15,14 @@ Training goes on with p; validation, `evaluate` and `predict` use a.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distbp.optim.base import Optimizer, TensorPart, Vectors
+from distbp.optim.base import Optimizer
 from distbp.optim.checks import check_share
 from distbp.optim.chunks import chunks
+from distbp.optim.update import Update
 
 __all__ = ["Averaged"]
 
@@ -40,37 +40,17 @@ class Averaged(Optimizer):
         self.scratch_rows = inner.scratch_rows
         self.num_sums = inner.num_sums
 
-    def prepare(self, gradient: NDArray[np.float32], **arguments: Any) -> None:
+    def prepare(self, update: Update, blocks: Sequence[tuple[int, int]], sums: NDArray[np.float64]) -> None:
         """Let the inner optimizer prepare."""
-        self.inner.prepare(gradient, **arguments)
+        self.inner.prepare(update, blocks, sums)
 
-    def apply(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        lr: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart] = (),
-    ) -> None:
+    def apply(self, update: Update) -> None:
         """Let the inner optimizer write its part, then move the average."""
-        self.inner.apply(
-            gradient,
-            scale=scale,
-            lr=lr,
-            update=update,
-            current=current,
-            following=following,
-            scratch=scratch,
-            tensors=tensors,
-        )
-        kept = min(self.decay, (update - 1) / (update + 9))
-        for part in chunks(len(gradient)):
-            spare = scratch[0, : part.stop - part.start]
-            average = following["average"][part]
-            np.multiply(following["parameters"][part], 1.0 - kept, out=spare)
-            np.multiply(current["average"][part], kept, out=average)
+        self.inner.apply(update)
+        kept = min(self.decay, (update.number - 1) / (update.number + 9))
+        for part in chunks(len(update.gradient)):
+            spare = update.scratch[0, : part.stop - part.start]
+            average = update.following["average"][part]
+            np.multiply(update.following["parameters"][part], 1.0 - kept, out=spare)
+            np.multiply(update.current["average"][part], kept, out=average)
             np.add(average, spare, out=average)

@@ -13,7 +13,7 @@ What needs a norm happens in phases, and all workers meet between them:
 1. the worker measures the gradient over fixed blocks (`optim/norm.py`), the same for every optimizer: the
    verdict whether it is finite, and the clip factor, which arrives here inside `scale`;
 2. `prepare`, only where `num_sums` is not 0 (LARS, LAMB), writes sums of its own over the same blocks;
-3. `apply` writes the following generation, and is told the sums of each tensor (`TensorPart`).
+3. `apply` writes the following generation, and is told the sums of each tensor (`update.py`).
 
 A contract has no logic; `optim/sgd.py` is the plainest example, `optim/lamb.py` one with all phases.  Buffers
 belong to the caller, who may reuse them as soon as a call returns.
@@ -22,31 +22,14 @@ belong to the caller, who may reuse them as soon as a call returns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Optimizer", "TensorPart", "Vectors"]
+from distbp.optim.update import Update
 
-# Slices of equal length by name: "parameters" and each of `Optimizer.vectors`.
-Vectors = Mapping[str, NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class TensorPart:
-    """The part of one tensor in a slice: its elements `[start, stop)`, the padding behind it included.
-
-    `is_matrix` says whether the tensor has two axes or more, as weights have and biases and gains have not.
-    `sums` are those of the whole tensor, wherever its other parts lie: first the sum of squares of the summed
-    gradient, then one for each of `Optimizer.num_sums`; in `prepare` they are empty.
-    """
-
-    start: int
-    stop: int
-    is_matrix: bool
-    sums: tuple[float, ...] = ()
+__all__ = ["Optimizer"]
 
 
 class Optimizer(ABC):
@@ -67,47 +50,13 @@ class Optimizer(ABC):
     evaluated: str = "parameters"
     """The vector with which the model is evaluated and predicts."""
 
-    def prepare(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart],
-        blocks: Sequence[tuple[int, int]],
-        sums: NDArray[np.float64],
-    ) -> None:
+    def prepare(self, update: Update, blocks: Sequence[tuple[int, int]], sums: NDArray[np.float64]) -> None:
         """Write `sums`, shape (num_sums, k); `following` may be written as well, `apply` finds it so.
 
-        `blocks` holds k ranges in elements of the slice; the other arguments are those of `apply`.
+        `blocks` holds k ranges in elements of the slice.  Only a rule with `num_sums` has this phase.
         """
         raise NotImplementedError(f"{type(self).__name__} has num_sums = {self.num_sums} and no prepare")
 
     @abstractmethod
-    def apply(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        lr: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart] = (),
-    ) -> None:
-        """Write the next generation of a slice.
-
-        Arguments:
-            gradient: shape (n,), the slice of the gradient SUMMED over the global batch; it is only read.
-            scale: clip factor / weight sum, so that `gradient * scale` is the (clipped) mean gradient.
-            lr: the learning rate of this step.
-            update: the number of this update, from 1; steps that were skipped do not count.
-            current: "parameters" and every state vector, each (n,); only read.
-            following: the same names and shapes, sharing no memory with `current`; every element is written.
-            scratch: from `chunks.new_scratch(self.scratch_rows)`; its contents before and after mean nothing.
-            tensors: the parts of tensors that make up the slice, in order, where `num_sums` is not 0.
-        """
+    def apply(self, update: Update) -> None:
+        """Write the next generation of a slice: every element of every vector in `update.following`."""

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from distbp.optim import norm
 from distbp.optim.adam import Moments
-from distbp.optim.base import TensorPart, Vectors
 from distbp.optim.chunks import chunks
+from distbp.optim.update import TensorPart, Update
 
 __all__ = ["LAMB"]
 
@@ -46,53 +46,29 @@ class LAMB(Moments):
     ) -> None:
         super().__init__(beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=weight_decay)
 
-    def prepare(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart],
-        blocks: Sequence[tuple[int, int]],
-        sums: NDArray[np.float64],
-    ) -> None:
+    def prepare(self, update: Update, blocks: Sequence[tuple[int, int]], sums: NDArray[np.float64]) -> None:
         """Write m, v, d, and the sums of squares of the parameters and of d."""
-        scale = float(scale)
-        for tensor in tensors:
-            for part in chunks(tensor.stop, tensor.start):
-                g, spare = scratch[:2, : part.stop - part.start]
-                d = following["parameters"][part]
-                np.multiply(gradient[part], scale, out=g)
-                self.average(g, spare, current, following, part)
-                self.direct(1.0, update, following, part, d)
-                if self.weight_decay and tensor.is_matrix:
-                    np.multiply(current["parameters"][part], self.weight_decay, out=spare)
-                    np.add(d, spare, out=d)
-        norm.measure(current["parameters"], blocks, sums[0])
-        norm.measure(following["parameters"], blocks, sums[1])
+        p, d = update.current["parameters"], update.following["parameters"]
+        for tensor in update.tensors:
+            decay = self.weight_decay if tensor.is_matrix else 0.0
+            for part, g, spare in update.pieces(tensor.start, tensor.stop):
+                self.average(update, part, g, spare)
+                self.direct(update, part, 1.0, d[part])
+                if decay:
+                    np.multiply(p[part], decay, out=spare)
+                    np.add(d[part], spare, out=d[part])
+        norm.measure(p, blocks, sums[0])
+        norm.measure(d, blocks, sums[1])
 
-    def apply(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        lr: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart] = (),
-    ) -> None:
+    def apply(self, update: Update) -> None:
         """Write the following parameters; the moments are there already.  See `Optimizer.apply`."""
-        for tensor in tensors:
-            rate = float(lr) * _ratio(tensor)
+        p, d = update.current["parameters"], update.following["parameters"]
+        for tensor in update.tensors:
+            rate = update.lr * _ratio(tensor)
             for part in chunks(tensor.stop, tensor.start):
-                spare = scratch[0, : part.stop - part.start]
-                np.multiply(following["parameters"][part], rate, out=spare)
-                np.subtract(current["parameters"][part], spare, out=following["parameters"][part])
+                spare = update.scratch[0, : part.stop - part.start]
+                np.multiply(d[part], rate, out=spare)
+                np.subtract(p[part], spare, out=d[part])
 
 
 def _ratio(tensor: TensorPart) -> float:

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.optim import norm
-from distbp.optim.base import Optimizer, TensorPart, Vectors
+from distbp.optim.base import Optimizer
 from distbp.optim.checks import check_decay, check_epsilon, check_share
-from distbp.optim.chunks import chunks
+from distbp.optim.update import TensorPart, Update
 
 __all__ = ["LARS"]
 
@@ -42,49 +42,22 @@ class LARS(Optimizer):
         self.trust = check_epsilon("trust", trust)
         self.weight_decay = check_decay(weight_decay)
 
-    def prepare(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart],
-        blocks: Sequence[tuple[int, int]],
-        sums: NDArray[np.float64],
-    ) -> None:
+    def prepare(self, update: Update, blocks: Sequence[tuple[int, int]], sums: NDArray[np.float64]) -> None:
         """Write the sums of squares of the parameters."""
-        norm.measure(current["parameters"], blocks, sums[0])
+        norm.measure(update.current["parameters"], blocks, sums[0])
 
-    def apply(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        lr: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart] = (),
-    ) -> None:
+    def apply(self, update: Update) -> None:
         """Write the next generation of a slice; see `Optimizer.apply`."""
-        scale, lr = float(scale), float(lr)
-        for tensor in tensors:
+        current, following = update.current, update.following
+        for tensor in update.tensors:
             decay = self.weight_decay if tensor.is_matrix else 0.0
-            rate = lr * self._ratio(tensor, scale)
-            for part in chunks(tensor.stop, tensor.start):
-                g, spare = scratch[:2, : part.stop - part.start]
-                p, v = current["parameters"][part], following["momentum"][part]
-                np.multiply(gradient[part], scale, out=g)
-                np.multiply(p, decay, out=spare)
-                np.add(g, spare, out=g)
+            rate = update.lr * self._ratio(tensor, update.scale)
+            for part, g, _ in update.pieces(tensor.start, tensor.stop, decay=decay):
+                v = following["momentum"][part]
                 np.multiply(g, rate, out=g)
                 np.multiply(current["momentum"][part], self.momentum, out=v)
                 np.add(v, g, out=v)
-                np.subtract(p, v, out=following["parameters"][part])
+                np.subtract(current["parameters"][part], v, out=following["parameters"][part])
 
     def _ratio(self, tensor: TensorPart, scale: float) -> float:
         """Return r of a tensor."""

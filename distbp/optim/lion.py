@@ -12,14 +12,11 @@ padding stays where it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from numpy.typing import NDArray
 
-from distbp.optim.base import Optimizer, TensorPart, Vectors
+from distbp.optim.base import Optimizer
 from distbp.optim.checks import check_decay, check_share
-from distbp.optim.chunks import chunks
+from distbp.optim.update import Update
 
 __all__ = ["Lion"]
 
@@ -36,30 +33,17 @@ class Lion(Optimizer):
         self.beta2 = check_share("beta2", beta2)
         self.weight_decay = check_decay(weight_decay)
 
-    def apply(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        lr: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart] = (),
-    ) -> None:
+    def apply(self, update: Update) -> None:
         """Write the next generation of a slice; see `Optimizer.apply`."""
-        scale, lr = float(scale), float(lr)
-        for part in chunks(len(gradient)):
-            g, spare = scratch[:2, : part.stop - part.start]
+        current, following = update.current, update.following
+        for part, g, spare in update.pieces():
             p, m = following["parameters"][part], following["momentum"][part]
-            np.multiply(gradient[part], scale, out=g)
             np.multiply(g, 1.0 - self.beta1, out=spare)
             np.multiply(current["momentum"][part], self.beta1, out=m)
             np.add(m, spare, out=spare)
             np.sign(spare, out=spare)
-            np.multiply(spare, lr, out=spare)
-            np.multiply(current["parameters"][part], 1.0 - lr * self.weight_decay, out=p)
+            np.multiply(spare, update.lr, out=spare)
+            np.multiply(current["parameters"][part], 1.0 - update.lr * self.weight_decay, out=p)
             np.subtract(p, spare, out=p)
             np.multiply(g, 1.0 - self.beta2, out=g)
             np.multiply(current["momentum"][part], self.beta2, out=m)

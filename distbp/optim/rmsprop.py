@@ -12,14 +12,11 @@ place of epsilon are those of PyTorch's RMSprop.  The lecture's rho is 0.9.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from numpy.typing import NDArray
 
-from distbp.optim.base import Optimizer, TensorPart, Vectors
+from distbp.optim.base import Optimizer
 from distbp.optim.checks import check_decay, check_epsilon, check_share
-from distbp.optim.chunks import chunks
+from distbp.optim.update import Update
 
 __all__ = ["RMSProp"]
 
@@ -44,27 +41,11 @@ class RMSProp(Optimizer):
         self.weight_decay = check_decay(weight_decay)
         self.vectors = ("mean_square", "momentum") if momentum else ("mean_square",)
 
-    def apply(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        lr: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart] = (),
-    ) -> None:
+    def apply(self, update: Update) -> None:
         """Write the next generation of a slice; see `Optimizer.apply`."""
-        scale, lr = float(scale), float(lr)
-        for part in chunks(len(gradient)):
-            g, spare = scratch[:2, : part.stop - part.start]
+        current, following = update.current, update.following
+        for part, g, spare in update.pieces(decay=self.weight_decay):
             p, v = current["parameters"][part], following["mean_square"][part]
-            np.multiply(gradient[part], scale, out=g)
-            if self.weight_decay:
-                np.multiply(p, self.weight_decay, out=spare)
-                np.add(g, spare, out=g)
             np.multiply(g, g, out=spare)
             np.multiply(spare, 1.0 - self.beta2, out=spare)
             np.multiply(current["mean_square"][part], self.beta2, out=v)
@@ -77,5 +58,5 @@ class RMSProp(Optimizer):
                 np.multiply(current["momentum"][part], self.momentum, out=b)
                 np.add(b, g, out=b)
                 g = b
-            np.multiply(g, lr, out=spare)
+            np.multiply(g, update.lr, out=spare)
             np.subtract(p, spare, out=following["parameters"][part])

@@ -17,15 +17,12 @@ plain L2 term, also as in PyTorch's SGD (no dampening, which is rarely wanted).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from numpy.typing import NDArray
 
 from distbp.errors import ConfigError
-from distbp.optim.base import Optimizer, TensorPart, Vectors
+from distbp.optim.base import Optimizer
 from distbp.optim.checks import check_decay, check_share
-from distbp.optim.chunks import chunks
+from distbp.optim.update import Update
 
 __all__ = ["SGD"]
 
@@ -44,29 +41,11 @@ class SGD(Optimizer):
         self.nesterov = nesterov
         self.vectors = ("momentum",) if momentum else ()
 
-    def apply(
-        self,
-        gradient: NDArray[np.float32],
-        *,
-        scale: float,
-        lr: float,
-        update: int,
-        current: Vectors,
-        following: Vectors,
-        scratch: NDArray[np.float32],
-        tensors: Sequence[TensorPart] = (),
-    ) -> None:
+    def apply(self, update: Update) -> None:
         """Write the next generation of a slice; see `Optimizer.apply`."""
-        # A NumPy float64 scalar would turn the float32 arithmetic below into float64; a Python float does
-        # not.
-        scale, lr = float(scale), float(lr)
-        for part in chunks(len(gradient)):
-            g, spare = scratch[:2, : part.stop - part.start]
+        current, following = update.current, update.following
+        for part, g, spare in update.pieces(decay=self.weight_decay):
             p = current["parameters"][part]
-            np.multiply(gradient[part], scale, out=g)
-            if self.weight_decay:
-                np.multiply(p, self.weight_decay, out=spare)
-                np.add(g, spare, out=g)
             direction = g
             if self.momentum:
                 v = following["momentum"][part]
@@ -77,5 +56,5 @@ class SGD(Optimizer):
                     np.multiply(v, self.momentum, out=spare)
                     np.add(g, spare, out=g)
                     direction = g
-            np.multiply(direction, lr, out=spare)
+            np.multiply(direction, update.lr, out=spare)
             np.subtract(p, spare, out=following["parameters"][part])

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from distbp.optim.base import TensorPart
+from distbp.optim.update import TensorPart
 
 __all__ = ["SliceTensors"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from distbp.optim import (
     Averaged,
     Optimizer,
     SliceTensors,
+    Update,
     blocks,
     measure,
     new_scratch,
@@ -103,20 +105,21 @@ def update(optimizer, gradient, current, scale=0.125, lr=0.3, number=3, cuts=())
         inside = [index for index, start in enumerate(starts) if low <= start < high]
         shifted = [(ranges[index][0] - low, ranges[index][1] - low) for index in inside]
         tensors = SliceTensors(borders, axes, ranges, length, low, high)
-        arguments = {
-            "gradient": gradient[low:high],
-            "scale": scale,
-            "update": number,
-            "current": {key: vector[low:high] for key, vector in current.items()},
-            "following": {key: vector[low:high] for key, vector in following.items()},
-            "scratch": scratch,
-        }
-        slices.append((arguments, tensors))
+        part = Update(
+            gradient=gradient[low:high],
+            scale=scale,
+            lr=lr,
+            number=number,
+            current={key: vector[low:high] for key, vector in current.items()},
+            following={key: vector[low:high] for key, vector in following.items()},
+            scratch=scratch,
+            tensors=tensors.parts,
+        )
+        slices.append((part, tensors))
         if optimizer.num_sums and inside:
-            rows = sums[1:, inside[0] : inside[-1] + 1]
-            optimizer.prepare(**arguments, tensors=tensors.parts, blocks=shifted, sums=rows)
-    for arguments, tensors in slices:
-        optimizer.apply(**arguments, lr=lr, tensors=tensors.with_sums(sums))
+            optimizer.prepare(part, shifted, sums[1:, inside[0] : inside[-1] + 1])
+    for part, tensors in slices:
+        optimizer.apply(replace(part, tensors=tensors.with_sums(sums)))
     return following
 
 
@@ -181,16 +184,7 @@ def test_steady_step_allocates_no_arrays(optimizer) -> None:
     parts = tensors.with_sums(np.ones((1 + optimizer.num_sums, 1)))
 
     def step() -> None:
-        optimizer.apply(
-            gradient,
-            scale=1.0,
-            lr=0.1,
-            update=7,
-            current=current,
-            following=following,
-            scratch=scratch,
-            tensors=parts,
-        )
+        optimizer.apply(Update(gradient, 1.0, 0.1, 7, current, following, scratch, parts))
 
     step()
     tracemalloc.start()
