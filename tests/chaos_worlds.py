@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Worker:
     lost: re.Pattern[str]
 
 
-class World:
+class World(ABC):
     """A place for one job at a time.  `disk` holds run directories, `temporary` is $TMPDIR."""
 
     replaces_workers = True
@@ -126,25 +127,25 @@ class World:
 
     # What a world adds.
 
+    @abstractmethod
     def _start(self, options, out, rng):
         """Return the process that was started, and in words how."""
-        raise NotImplementedError
 
+    @abstractmethod
     def processes(self):
         """Return the numbers of all processes of the job."""
-        raise NotImplementedError
 
+    @abstractmethod
     def workers(self):
         """Return the workers that run now."""
-        raise NotImplementedError
 
     def launching_process(self):
         """Return the process whose end the workers must notice."""
         return self.process.pid
 
+    @abstractmethod
     def files(self):
         """Return what lies in /dev/shm and in temporary directories."""
-        raise NotImplementedError
 
 
 class LocalWorld(World):
