@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -38,6 +39,10 @@ _HEAD = """Train neural networks on every core you have, with the same bits for 
   distbp train data.csv --target price         train on a table
   distbp run --nproc 4 train.py                run your own script on four workers
 """
+
+
+_RANK_0_SPEAKS_WITHIN_S = 10.0
+"""How much later than another rank, at the most, rank 0 may start and still be heard."""
 
 
 class _LazyGroup(click.Group):
@@ -96,6 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
         started = claim()
         if started is None or started.rank == 0:
             error.show()
+        else:
+            _wait_for_rank_0(error.exit_code)
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -107,6 +114,13 @@ def end_with(error: DistbpError) -> NoReturn:
         mpi.MPIMembership.current.end(error, "")
     print(f"distbp: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
+
+
+def _wait_for_rank_0(code: int) -> None:
+    """Let rank 0, which has the same command, say what is wrong: a launcher ends all when one has ended."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: os._exit(code))
+    time.sleep(_RANK_0_SPEAKS_WITHIN_S)
 
 
 def open_missing_streams() -> None:

@@ -198,6 +198,16 @@ def test_an_error_of_all_ranks_is_told_once(mpi, arguments, code, words, tmp_pat
     assert "Traceback" not in done.stderr
 
 
+def test_rank_0_is_heard_when_it_starts_last(mpi, tmp_path):
+    """The other ranks, which have the same error, do not end before rank 0 has told it."""
+    (tmp_path / "sitecustomize.py").write_text(on_rank(0, "import time; time.sleep(3)"))
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
+    done = mpi.distbp(3, "train", "digits", "--no-such-option", env={"PYTHONPATH": path})
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("No such option") == 1
+    assert "stopped on request" not in done.stderr
+
+
 def test_a_launcher_of_another_library_is_refused(mpi, tmp_path):
     """Variables of a launcher that claims more processes than MPI sees: 78 with the cure, not N lone runs."""
     slurm = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
