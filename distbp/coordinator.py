@@ -284,31 +284,30 @@ def _part(state: State, event: Broken) -> tuple[State, tuple[Action, ...]]:
     It counts as a restart, so that a link that never works ends the job; a loss that comes to light
     afterwards is the same restart.
     """
-    if event.attempt != state.attempt:
-        return state, ()
-    state = _count_restart(state, event.step, event.saved, _NOBODY)
-    if state.restarts_without_progress > state.max_restarts:
-        message = (
-            f"hosts lost their connections again: {state.restarts_without_progress} restarts brought no "
-            "progress; look at the network between them before running again"
-        )
-        return replace(state, ended=True, exit_code=70), (End(70, message),)
-    state = _announce(state)
-    return state, (Park(state.attempt),)
+    return _begin_anew(state, event, "hosts lost their connections again", "the network between them")
 
 
 def _give_up_state(state: State, event: Corrupted) -> tuple[State, tuple[Action, ...]]:
     """Let everybody park and go back to the newest checkpoint; all report it, the first one counts."""
+    before = state.attempt
+    state, actions = _begin_anew(state, event, event.message, "the memory of that host")
+    return (replace(state, corrupted=True) if state.attempt != before else state), actions
+
+
+def _begin_anew(
+    state: State, event: Broken | Corrupted, what: str, look_at: str
+) -> tuple[State, tuple[Action, ...]]:
+    """Announce the next attempt to all, of whom nobody was lost; or give up when that was done too often."""
     if event.attempt != state.attempt:
         return state, ()
     state = _count_restart(state, event.step, event.saved, _NOBODY)
     if state.restarts_without_progress > state.max_restarts:
         message = (
-            f"{event.message}; {state.restarts_without_progress} restarts brought no progress; look at the "
-            "memory of that host before running again"
+            f"{what}; {state.restarts_without_progress} restarts brought no progress; look at {look_at} "
+            "before running again"
         )
         return replace(state, ended=True, exit_code=70), (End(70, message),)
-    state = replace(_announce(state), corrupted=True)
+    state = _announce(state)
     return state, (Park(state.attempt),)
 
 

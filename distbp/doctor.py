@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,13 +44,13 @@ from distbp.arena import Arena, ArenaLayout
 from distbp.barrier import NAP_S, nap
 from distbp.cgroups import cpu_quota
 from distbp.environment import available_cores, describe_environment
-from distbp.errors import DistbpError
+from distbp.errors import DistbpError, EnvironmentMismatch
 from distbp.nn.gradient_check import check_gradient
 from distbp.partition import split_range
 from distbp.random import normal
 from distbp.reduce import LaneReduction, MicroBatchSum, aligned_blocks
 
-__all__ = ["Verdict", "barrier_partner", "check_out", "checks", "examine", "existing_folder"]
+__all__ = ["Verdict", "barrier_partner", "check_out", "checks", "examine", "existing_folder", "exit_code_of"]
 
 Status = Literal["ok", "warn", "FAIL"]
 
@@ -77,6 +77,12 @@ class Verdict:
     status: Status
     finding: str
     cure: str = ""
+
+
+def exit_code_of(found: Mapping[str, Verdict]) -> int:
+    """Return 0 if nothing failed, else 78."""
+    failed = any(verdict.status == "FAIL" for verdict in found.values())
+    return EnvironmentMismatch.exit_code if failed else 0
 
 
 def checks(out: Path) -> dict[str, Callable[[], Verdict]]:

@@ -34,7 +34,7 @@ import msgspec
 
 from distbp.backends.launcher import Claim
 from distbp.backends.mpi_world import MPIWorld, loaded_library
-from distbp.doctor import Verdict, examine, existing_folder
+from distbp.doctor import Verdict, examine, existing_folder, exit_code_of
 from distbp.doctor_folder import look_for, posted
 from distbp.doctor_links import judge_links, measure_links
 from distbp.doctor_ranks import (
@@ -101,8 +101,7 @@ class Report:
     @property
     def exit_code(self) -> int:
         """Return 0 if nothing failed, else 78."""
-        failed = any(verdict.status == "FAIL" for verdict in self.found.values())
-        return EnvironmentMismatch.exit_code if failed else 0
+        return exit_code_of(self.found)
 
 
 class _CutShort(Exception):

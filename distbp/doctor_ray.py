@@ -34,7 +34,7 @@ import msgspec
 from distbp.backends.ray_cluster import RayCluster
 from distbp.backends.ray_doctor import Admittance, RayWitnesses, takes_connections
 from distbp.config import Run
-from distbp.doctor import Verdict, check_out, check_ray, examine
+from distbp.doctor import Verdict, check_out, check_ray, examine, exit_code_of
 from distbp.doctor_folder import posted
 from distbp.doctor_ranks import join_verdicts, say_count
 from distbp.doctor_ray_links import Deadlines, call_driver, judge_pairs, measure_pairs
@@ -85,8 +85,7 @@ class RayReport:
     @property
     def exit_code(self) -> int:
         """Return 0 if nothing failed, else 78."""
-        failed = any(verdict.status == "FAIL" for verdict in self.found.values())
-        return EnvironmentMismatch.exit_code if failed else 0
+        return exit_code_of(self.found)
 
 
 class _CutShort(Exception):

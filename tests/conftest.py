@@ -86,6 +86,16 @@ def distbp(start):
     return run
 
 
+@pytest.fixture(scope="module")
+def undisturbed(request, tmp_path_factory):
+    """The result of `OPTIONS` of the test's module, on digits in one process that nothing happens to."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    command = ["train", "digits", *request.module.OPTIONS, "--backend", "serial", "--out", out]
+    done = Job(command, out, None).wait()
+    assert done.returncode == 0, done.stderr
+    return result_of(out)
+
+
 def wait_until(condition, timeout=30.0):
     """Wait until `condition()` holds and return what it gave; fail after `timeout` seconds."""
     until = time.monotonic() + timeout

@@ -47,15 +47,14 @@ def command(backend: str, as_json: bool, out: str, ray_insecure: bool) -> int:
         from distbp.doctor_mpi import examine_ranks
 
         return examine_ranks(Path(out), claimed, lambda report: show_report(report, as_json))
-    from distbp.doctor import examine
-    from distbp.errors import EnvironmentMismatch
+    from distbp.doctor import examine, exit_code_of
 
     found = examine(Path(out))
     if as_json:
         print(json.dumps(_as_json(found), indent=2))
     else:
         _print_verdicts(found)
-    return EnvironmentMismatch.exit_code if _count(found, "FAIL") else 0
+    return exit_code_of(found)
 
 
 def _examine_ray(out: str, as_json: bool, insecure: bool) -> int:

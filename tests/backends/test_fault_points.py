@@ -10,7 +10,7 @@ import pytest
 
 from distbp.errors import ConfigError
 from distbp.fault_points import KINDS, PHASES, Fault, parse_faults
-from tests.conftest import COMMAND, Job, result_of
+from tests.conftest import COMMAND, result_of
 
 STEP, STEPS = 11, 30
 OPTIONS = [
@@ -20,15 +20,6 @@ OPTIONS = [
 ]  # fmt: skip
 LOCAL = [phase for phase in PHASES if phase not in ("start", "exchange", "save")]
 """Phases that every worker of one host passes in step `STEP`."""
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The result of the run that nothing happens to, in one process."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    done = Job(["train", "digits", *OPTIONS, "--backend", "serial", "--out", out], out, None).wait()
-    assert done.returncode == 0, done.stderr
-    return result_of(out)
 
 
 def check(done, out, undisturbed, restarts):

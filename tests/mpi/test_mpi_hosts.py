@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import Job, result_of, wait_until
+from tests.conftest import result_of, wait_until
 from tests.mpi.conftest import on_rank
 
 pytestmark = pytest.mark.mpi
@@ -42,15 +42,6 @@ def prefix_of(name):
     """The environment of an MPI library, None if there is none."""
     prefix = Path(os.environ.get(f"{name.upper()}_PREFIX", REPOSITORY / f".venv-{name}"))
     return prefix if (prefix / "bin" / "mpirun").exists() else None
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The result of one worker without MPI."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    done = Job(["train", "digits", *OPTIONS, "--backend", "serial", "--out", out], out, None).wait()
-    assert done.returncode == 0, done.stderr
-    return result_of(out)
 
 
 def train(hosts, flavour, slots, out, *options, arguments=OPTIONS):

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import Job, result_of, wait_until
+from tests.conftest import result_of, wait_until
 from tests.memory import Memory, corruptions, job_parts, new_seed
 from tests.mpi.conftest import REPOSITORY, launcher_rank, prefix_of
 
@@ -24,15 +24,6 @@ OPTIONS = [
     "-o", "train.epochs=1000", "-o", "model.hidden=[64]", "-o", "run.verify_every=1",
     "-o", "checkpoint.every_steps=100", "-o", "data.validation_fraction=0",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The result of one worker without MPI, to whom nothing happens."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    done = Job(["train", "digits", *OPTIONS, "--backend", "serial", "--out", out], out, None).wait()
-    assert done.returncode == 0, done.stderr
-    return result_of(out)
 
 
 def ranks_of(out):

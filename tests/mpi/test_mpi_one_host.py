@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import Job, result_of, wait_until
+from tests.conftest import result_of, wait_until
 from tests.mpi.conftest import launcher_rank, on_rank
 
 pytestmark = pytest.mark.mpi
@@ -42,15 +42,6 @@ class Trouble(distbp.ArrayDataset):
 history = trainer.fit(Trouble(train.x, train.y), val=val, epochs=10, out="run")
 distbp.print(history.result["state_sha256"])
 """
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The result of one worker without MPI."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    done = Job(["train", "digits", *OPTIONS, "--backend", "serial", "--out", out], out, None).wait()
-    assert done.returncode == 0, done.stderr
-    return result_of(out)
 
 
 def ranks_of(launcher):

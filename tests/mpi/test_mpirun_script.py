@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Job, result_of, wait_until
+from tests.conftest import result_of, wait_until
 from tests.mpi.conftest import on_rank, prefix_of
 from tests.soaking import command_line
 
@@ -43,15 +43,6 @@ class Trouble(distbp.ArrayDataset):
 
 trainer.fit(Trouble(train.x, train.y), val=val, epochs=10, out="run")
 """
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The result of one worker without MPI."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    done = Job(["train", "digits", *OPTIONS, "--backend", "serial", "--out", out], out, None).wait()
-    assert done.returncode == 0, done.stderr
-    return result_of(out)
 
 
 def checkpoints(out):

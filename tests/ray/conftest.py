@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -14,6 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.emulated import EmulatedCluster
+from cluster.requirements import what_is_missing
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("collective_driver.py")
 
@@ -24,6 +28,21 @@ def ray_prefix():
     if not (prefix / "bin" / "ray").exists():
         pytest.skip(f"no Ray environment at {prefix}: run make ray-environment")
     return prefix
+
+
+@pytest.fixture(scope="module")
+def prefix():
+    """The environment with Ray."""
+    return ray_prefix()
+
+
+@contextlib.contextmanager
+def emulated_hosts(count, prefix, tmp_path_factory):
+    """So many emulated hosts that share the tests' directories and the environment."""
+    if reason := what_is_missing():
+        pytest.skip(reason)
+    with EmulatedCluster(count, shared=[tmp_path_factory.getbasetemp(), REPOSITORY, prefix]) as cluster:
+        yield cluster
 
 
 class Driver:

@@ -16,11 +16,11 @@ import pytest
 
 from tests.conftest import Job, result_of, wait_until
 from tests.memory import Memory, corruptions, job_parts, new_seed
+from tests.ray.conftest import emulated_hosts
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PREFIX = Path(os.environ.get("RAY_PREFIX", REPOSITORY / ".venv-ray"))
 OPTIONS = [
     "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.epochs=10000",
     "-o", "optimizer.clip_norm=2.0", "-o", "model.hidden=[64]",
@@ -51,22 +51,9 @@ distbp.print(distbp.size(), history.result["parameters_sha256"])
 
 
 @pytest.fixture(scope="module")
-def prefix():
-    """The environment with Ray."""
-    if not (PREFIX / "bin" / "ray").exists():
-        pytest.skip(f"no Ray environment at {PREFIX}: run make ray-environment")
-    return PREFIX
-
-
-@pytest.fixture(scope="module")
 def hosts(prefix, tmp_path_factory):
     """Three emulated hosts that share this test's directories."""
-    from cluster.emulated import EmulatedCluster
-    from cluster.requirements import what_is_missing
-
-    if reason := what_is_missing():
-        pytest.skip(reason)
-    with EmulatedCluster(3, shared=[tmp_path_factory.getbasetemp(), REPOSITORY, prefix]) as cluster:
+    with emulated_hosts(3, prefix, tmp_path_factory) as cluster:
         yield cluster
 
 

@@ -16,11 +16,11 @@ import pytest
 
 from distbp.environment import available_cores
 from tests.conftest import wait_until
+from tests.ray.conftest import emulated_hosts
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PREFIX = Path(os.environ.get("RAY_PREFIX", REPOSITORY / ".venv-ray"))
 TOO_MANY = available_cores() + 3
 
 # Holds every processor of the cluster; says so, waits for a line, and says whether all actors still live.
@@ -54,22 +54,9 @@ sys.exit(examine_cluster(Path("runs"), Run(), lambda report: show_ray_report(rep
 
 
 @pytest.fixture(scope="module")
-def prefix():
-    """The environment with Ray."""
-    if not (PREFIX / "bin" / "ray").exists():
-        pytest.skip(f"no Ray environment at {PREFIX}: run make ray-environment")
-    return PREFIX
-
-
-@pytest.fixture(scope="module")
 def hosts(prefix, tmp_path_factory):
     """Three emulated hosts that share this test's directories; the last one has little shared memory."""
-    from cluster.emulated import EmulatedCluster
-    from cluster.requirements import what_is_missing
-
-    if reason := what_is_missing():
-        pytest.skip(reason)
-    with EmulatedCluster(3, shared=[tmp_path_factory.getbasetemp(), REPOSITORY, prefix]) as cluster:
+    with emulated_hosts(3, prefix, tmp_path_factory) as cluster:
         small = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", "/dev/shm"]
         cluster.run("host2", small, check=True)
         yield cluster

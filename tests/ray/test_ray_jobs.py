@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import result_of, wait_until
+from tests.ray.conftest import emulated_hosts, ray_prefix
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -75,23 +76,17 @@ if [ "$1" = show ]; then printf '%s\\n' {hosts}; else echo "scontrol $*"; fi
 @pytest.fixture(scope="module")
 def prefix():
     """The environment with Ray and its dashboard."""
-    if not (PREFIX / "bin" / "ray").exists():
-        pytest.skip(f"no Ray environment at {PREFIX}: run make ray-environment")
-    asked = subprocess.run([PREFIX / "bin" / "python", "-c", HAS_DASHBOARD], capture_output=True, timeout=60)
+    prefix = ray_prefix()
+    asked = subprocess.run([prefix / "bin" / "python", "-c", HAS_DASHBOARD], capture_output=True, timeout=60)
     if asked.returncode != 0:
-        pytest.skip(f"jobs need Ray's dashboard: {PREFIX}/bin/pip install 'ray[default]'")
-    return PREFIX
+        pytest.skip(f"jobs need Ray's dashboard: {prefix}/bin/pip install 'ray[default]'")
+    return prefix
 
 
 @pytest.fixture(scope="module")
 def hosts(prefix, tmp_path_factory):
     """Two emulated hosts that share this test's directories."""
-    from cluster.emulated import EmulatedCluster
-    from cluster.requirements import what_is_missing
-
-    if reason := what_is_missing():
-        pytest.skip(reason)
-    with EmulatedCluster(2, shared=[tmp_path_factory.getbasetemp(), REPOSITORY, prefix]) as cluster:
+    with emulated_hosts(2, prefix, tmp_path_factory) as cluster:
         yield cluster
 
 
