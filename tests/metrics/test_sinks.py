@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import struct
 import sys
 import textwrap
@@ -72,6 +73,18 @@ def test_the_checksum_is_castagnolis():
     assert crc32c(b"123456789") == 0xE3069283
     assert crc32c(bytes(32)) == 0x8A9136AA
     assert crc32c(bytes(range(32))) == 0x46DD794E
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 511, 512, 1000, 5000])
+def test_long_messages_have_the_same_checksum(size):
+    """Blocks at once give what one byte after the other does."""
+    data = random.Random(size).randbytes(size)
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    assert crc32c(data) == crc ^ 0xFFFFFFFF
 
 
 def test_tensorboard_reads_every_number(tmp_path):
