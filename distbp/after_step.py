@@ -140,6 +140,7 @@ class AfterStep:
             "validation": validation and {key: validation[key] for key in ("loss", "accuracy")},
             "samples_per_second": job.batch_size / median if median else None,
             "step_ms_median": median * 1e3 if median else None,
+            "step_ms_quartiles": _quartiles(durations),
             "skipped_steps": int(scalars[SKIPPED]),
             "world_size": self.seat.size,
             "hosts": len(self.seat.host_sizes),
@@ -220,3 +221,14 @@ class AfterStep:
     def _waiting(self) -> None:
         """Say that this worker is not stuck: it waits for the disk."""
         self.arena.progress(SAVING)
+
+
+def _quartiles(durations: list[float]) -> list[float] | None:
+    """Return least, lower quartile, median and upper quartile in ms, without the first steps.
+
+    Those touch memory for the first time: a quarter of the steps, but at most 20, do not count.
+    """
+    steady = durations[min(20, len(durations) // 4) :]
+    if len(steady) < 2:
+        return None
+    return [round(1e3 * seconds, 4) for seconds in (min(steady), *statistics.quantiles(steady))]
