@@ -8,8 +8,8 @@ A change that shall not touch arithmetic is proven by the same hashes before and
 
 Every run is `distbp train` with two workers.  They cover each model, each update rule, default and large
 micro-batches, and the networks of the speed table.  The hashes depend on processor, NumPy and BLAS kernel,
-so only those of one machine compare; the first line, which is compared too, names the last two.  Exit code 1 says
-that something differs.
+so only those of one machine compare; the first line, which is compared too, names the last two.
+Exit code 1 says that something differs.
 """
 
 from __future__ import annotations
