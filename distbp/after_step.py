@@ -52,7 +52,7 @@ class AfterStep:
         ranges = [split_range(job.micro_batches, seat.size, rank) for rank in range(seat.size)]
         self._stragglers = Stragglers([last - first for first, last in ranges])
         if seat.rank == 0:
-            self.records = Records(seat.admission.out)
+            self.records = Records(seat.admission.out, job.records)
             self.progress = Progress(job, seat)
             self.saver = Saver(
                 seat.admission.out / "checkpoints",
@@ -158,6 +158,7 @@ class AfterStep:
             with contextlib.suppress(Exception):
                 self.saver.wait()
             self.progress.close()
+            self.records.close()
 
     def _ends_epoch(self, step: int) -> bool:
         """Return whether `step` completes an epoch, or the run."""

@@ -64,6 +64,8 @@ class Job:
     """Whether the exchange between hosts begins while backprop goes on."""
     bucket_bytes: int | None = None
     """Least size of a bucket of that exchange; None: measured at the start."""
+    records: tuple[str, ...] = ()
+    """Where records go besides `metrics.jsonl` (`metrics/sinks.py`)."""
     banner: Callable[[Job, Seat], str] = lambda job, seat: ""
 
     @property
