@@ -39,6 +39,8 @@ from distbp.bench.workloads import Workload, chosen, make_data, options
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PEERS = ("distbp b/2", "distbp b/8", "ddp", "torch", "compile", "sklearn")
+ONCE = ("compile",)
+"""Measured in the first round only: it compiles for half a minute and more."""
 RUN_TIMEOUT_S = 600
 
 
@@ -62,10 +64,12 @@ def main() -> None:
             data = make_data(workload, Path(folder))
             for number in range(arguments.rounds):
                 for peer in peers:
+                    if peer in ONCE and number:
+                        continue
                     run = measure(peer, workload, steps, data, Path(folder), arguments.torch)
                     runs.append({"workload": workload.name, "peer": peer, "round": number} | run)
                     print(f"{workload.name} {peer} {number}: {brief(run)}", file=sys.stderr, flush=True)
-            (data).unlink()
+            data.unlink()
     result = {"machine": describe_machine(), "table": summarise(runs), "runs": runs}
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -93,7 +97,13 @@ def measure(
 
 
 def run_distbp(
-    workload: Workload, steps: int, data: Path, folder: Path, micro_batch: int | None
+    workload: Workload,
+    steps: int,
+    data: Path,
+    folder: Path,
+    micro_batch: int | None,
+    environment: dict[str, str] | None = None,
+    more: tuple[str, ...] = (),
 ) -> dict[str, object]:
     """Train with the command that users type, and read the times from its own records."""
     out = tempfile.mkdtemp(dir=folder)
@@ -108,8 +118,8 @@ def run_distbp(
         "--out",
         f"{out}/run",
     ]
-    words += options(workload, steps, micro_batch)
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    words += [*options(workload, steps, micro_batch), *more]
+    environment = (os.environ if environment is None else environment) | {"PYTHONPATH": str(REPOSITORY)}
     subprocess.run(
         words, check=True, capture_output=True, text=True, cwd=folder, env=environment, timeout=RUN_TIMEOUT_S
     )
@@ -177,14 +187,11 @@ def run_other(
     specification |= {"model": workload.model, "batch": workload.batch, "out": f"{out}/found.json"} | more
     Path(out, "specification.json").write_text(json.dumps(specification))
     words = [python, str(REPOSITORY / "benchmarks" / script), f"{out}/specification.json"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"WORLD_SIZE": str(ranks), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    if "threads" in more:
-        environment["OMP_NUM_THREADS"] = str(more["threads"])
     errors = [open(f"{out}/errors-{rank}", "w+") for rank in range(ranks)]  # noqa: SIM115 (closed below)
+    environments = [other_environment(folder, rank, ranks, more.get("threads")) for rank in range(ranks)]
     processes = [
-        subprocess.Popen(words, env=environment | {"RANK": str(rank)}, stderr=errors[rank], cwd=out)
-        for rank in range(ranks)
+        subprocess.Popen(words, env=environment, stderr=file, cwd=out)
+        for environment, file in zip(environments, errors, strict=True)
     ]
     try:
         for process, file in zip(processes, errors, strict=True):
@@ -202,6 +209,14 @@ def run_other(
     if cpu:
         found["cpu"] = 1e3 * statistics.fmean(counted(cpu)) / found.pop("threads")
     return steady(times) | found
+
+
+def other_environment(folder: Path, rank: int, ranks: int, threads: object) -> dict[str, str]:
+    """The variables of one process of a peer."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    return environment | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
 
 
 def steady(times: list[float]) -> dict[str, object]:
