@@ -73,8 +73,8 @@ def layers(run: Run) -> str:
         return ""
     first, last = records[0]["step"], records[-1]["step"]
     return (
-        f"<h2>Layers</h2><p class='note'>From step {first:,} on the left to {last:,} on the right; the number "
-        f"is the last one.</p>{shown}"
+        f"<h2>Layers</h2><p class='note'>From step {first:,} on the left to {last:,} on the right; the "
+        f"number is the last one.</p>{shown}"
     )
 
 

@@ -6,8 +6,8 @@ that starts in that instant would be refused.  Where the lock is another host's,
 decides.
 
 `metrics.jsonl` of a long run has a hundred megabytes and more.  `Series` keeps every n-th record of a kind
-and doubles n whenever it holds too many; lines that it passes over are not parsed.  `Metrics` follows the file:
-it reads on where it stopped, and begins anew if what it has read was cut off meanwhile.
+and doubles n whenever it holds too many; lines that it passes over are not parsed.  `Metrics` follows the
+file: it reads on where it stopped, and begins anew if what it has read was cut off meanwhile.
 """
 
 from __future__ import annotations
