@@ -65,11 +65,19 @@ class _Axis:
 
 
 def chart(
-    title: str, curves: Sequence[Curve], *, x_label: str, unit: str = "", zero: bool = False, note: str = ""
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    x_last: float,
+    x_label: str,
+    unit: str = "",
+    zero: bool = False,
+    note: str = "",
 ) -> str:
     """Return a figure with the curves that have points; empty if none has.
 
-    `unit` stands behind the title; `zero` makes the axis begin at zero.
+    The horizontal axis goes from 0 to `x_last`, so that charts of one run can be compared by eye.  `unit`
+    stands behind the title; `zero` makes the vertical axis begin at zero.
     """
     finite = [_finite(curve) for curve in curves]
     lost = sum(len(curve.points) for curve in curves) - sum(len(curve.points) for curve in finite)
@@ -82,7 +90,7 @@ def chart(
     left = 10 + _LETTER * max(len(compact(mark)) for mark in marks)
     low, high = min([*marks, *values]), max([*marks, *values])
     y_axis = _Axis(low, high, _HEIGHT - _BOTTOM, _TOP, log)
-    x_axis = _x_axis([x for curve in shown for x, _ in curve.points], left)
+    x_axis = _x_axis(x_last, left)
     drawn = "".join(_draw(curve, x_axis, y_axis) for curve in shown)
     frame = _frame(x_axis, y_axis, marks, x_label)
     lost_note = f"{lost} values that are not finite are left out" if lost else ""
@@ -97,9 +105,9 @@ def chart(
     )
 
 
-def stacked(title: str, curves: Sequence[Curve], *, x_label: str, unit: str = "") -> str:
-    """Return a figure in which curves with the same x lie upon each other; empty if there are no points."""
-    if not curves or not curves[0].points:
+def stacked(title: str, curves: Sequence[Curve], *, x_last: float, x_label: str, unit: str = "") -> str:
+    """Return a figure in which curves with the same x lie upon each other; empty without two points."""
+    if not curves or len(curves[0].points) < 2:
         return ""
     rows = [[point for point, *_ in decimated(curve.points)] for curve in curves]
     levels: list[list[Point]] = [[(x, 0.0) for x, _ in rows[0]]]
@@ -108,7 +116,7 @@ def stacked(title: str, curves: Sequence[Curve], *, x_label: str, unit: str = ""
     marks = ticks(0.0, max(y for _, y in levels[-1]) or 1.0)
     left = 10 + _LETTER * max(len(compact(mark)) for mark in marks)
     y_axis = _Axis(0.0, max(marks[-1], *(y for _, y in levels[-1])), _HEIGHT - _BOTTOM, _TOP)
-    x_axis = _x_axis([x for x, _ in rows[0]], left)
+    x_axis = _x_axis(x_last, left)
     drawn = ""
     for number, curve in enumerate(curves):
         outline = [*levels[number + 1], *reversed(levels[number])]
@@ -184,10 +192,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(first, last + 1, step)]
 
 
-def _x_axis(values: Sequence[float], left: float) -> _Axis:
-    """Return the axis from the first to the last value."""
-    low, high = min(values), max(values)
-    return _Axis(low, high if high > low else low + 1, left, _WIDTH - _RIGHT)
+def _x_axis(last: float, left: float) -> _Axis:
+    """Return the axis of steps."""
+    return _Axis(0.0, max(1.0, last), left, _WIDTH - _RIGHT)
 
 
 def _finite(curve: Curve) -> Curve:
@@ -227,16 +234,16 @@ def _frame(x_axis: _Axis, y_axis: _Axis, marks: Sequence[float], x_label: str) -
         y = y_axis(mark)
         drawn += f'<line class="grid" x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
         drawn += f'<text x="{left - 5:.1f}" y="{y + 3.8:.1f}" text-anchor="end">{compact(mark)}</text>'
-    edge = left
+    edge = 0.0
     for mark in ticks(x_axis.low, x_axis.high, 5):
-        if not x_axis.low <= mark <= x_axis.high:
+        if mark > x_axis.high or mark != round(mark):  # There is no half of a step.
             continue
         x, label = x_axis(mark), compact(mark)
         half = len(label) * _LETTER / 2
         drawn += f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:.1f}" y2="{bottom + 4:.1f}"/>'
-        if x - half < edge - 12 or x + half > _WIDTH:
+        if x - half < edge or x + half > _WIDTH:
             continue
-        edge = x + half + 18
+        edge = x + half + 6
         drawn += f'<text x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{label}</text>'
     middle = (left + right) / 2
     drawn += (
@@ -265,7 +272,7 @@ def _figure(title: str, unit: str, legend: str, drawing: str, axes: str, note: s
 
 def _middle(values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that there are."""
-    there = [value for value in values if value is not None]
+    there = [value for value in values if value is not None and math.isfinite(value)]
     return sum(there) / len(there) if there else None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import math
 import os
 import time
 from pathlib import Path
@@ -152,7 +153,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     if run.result.get("step_ms_median"):
         found.append(("median step", f"{figure(run.result['step_ms_median'])} ms"))
     if run.result.get("gflops_per_second"):
-        found.append(("arithmetic", f"{figure(run.result['gflops_per_second'])} GFLOP/s"))
+        found.append(("GFLOP a second", figure(run.result["gflops_per_second"])))
     if lost := len(run.of_kind("lost", "stuck", "corrupt")):
         found.append(("losses survived" if run.state in (DONE, RUNNING) else "losses", str(lost)))
     return found
@@ -214,37 +215,29 @@ def _curves(run: Run) -> str:
         Curve("training", _points(epochs, "entropy") or _points(steps, "entropy"), 0),
         Curve("validation", _points(validation, "entropy"), 1),
     ]
+    speed = _points(steps, "samples_per_second")
+    scale = _points(epochs, "noise_scale") or _points(steps, "noise_scale")
+    axis: dict[str, Any] = {"x_last": run.step, "x_label": "step"}
     charts = (
-        chart("Loss", loss, x_label="step", unit="at the end of epochs" if len(some) > 1 else ""),
-        chart("Accuracy", accuracy, x_label="step", unit="% right at the end of epochs"),
-        chart("Entropy of predictions", entropy, x_label="step", unit="nats"),
-        chart("Loss of steps", noise, x_label="step", unit="means between records"),
-        chart("Learning rate", [Curve("rate", _points(steps, "lr"), 2)], x_label="step", zero=True),
-        chart(
-            "Speed",
-            [Curve("rate", _points(steps, "samples_per_second"), 3)],
-            x_label="step",
-            unit="samples a second",
-            zero=True,
-        ),
-        stacked("A step on rank 0", _phases(steps), x_label="step", unit="mean ms by phase"),
-        chart(
-            "Gradient noise scale",
-            [
-                Curve(
-                    "batch size that it suggests",
-                    _points(epochs, "noise_scale") or _points(steps, "noise_scale"),
-                    4,
-                )
-            ],
-            x_label="step",
-            unit="samples",
-        ),
+        chart("Loss", loss, unit="at the end of epochs" if len(some) > 1 else "", **axis),
+        chart("Accuracy", accuracy, unit="% right at the end of epochs", **axis),
+        chart("Entropy of predictions", entropy, unit="nats", note=_guessing(run), **axis),
+        chart("Loss of steps", noise, unit="means between records", **axis),
+        chart("Learning rate", [Curve("rate", _points(steps, "lr"), 2)], zero=True, **axis),
+        chart("Speed", [Curve("rate", speed, 3)], unit="samples a second", zero=True, **axis),
+        stacked("A step on rank 0", _phases(steps), unit="mean ms by phase", **axis),
+        chart("Gradient noise scale", [Curve("suggests batches of", scale, 4)], unit="samples", **axis),
     )
     shown = "".join(charts)
     if not shown:
         return '<h2>Curves</h2><p class="note">No measurement is recorded yet.</p>'
     return f'<h2>Curves</h2><div class="charts">{shown}</div>'
+
+
+def _guessing(run: Run) -> str:
+    """Return what the entropy of guessing would be."""
+    classes = run.result.get("num_outputs") or 0
+    return f"guessing among {classes:,} classes has {math.log(classes):.3f}" if classes > 1 else ""
 
 
 def _phases(steps: list[Record]) -> list[Curve]:

@@ -49,7 +49,8 @@ def diagnoses(run: Run) -> str:
     for name, event in found.items():
         remedy = f"<p>{escape(event['remedy'])}</p>" if event.get("remedy") else ""
         evidence = event.get("evidence") or {}
-        listed = ", ".join(f"{escape(key)} {escape(_short(value))}" for key, value in evidence.items())
+        short = {key: value for key, value in evidence.items() if not isinstance(value, dict)}
+        listed = "; ".join(f"{escape(key)} {escape(_short(value))}" for key, value in short.items())
         cards.append(
             f'<div class="card warn"><strong>{escape(name.replace("_", " "))}</strong> '
             f"<small>step {escape(event.get('step', '-'))}</small>"
@@ -81,7 +82,8 @@ def layers(run: Run) -> str:
 def _strips(records: Sequence[Record], field: str, title: str, meaning: str) -> str:
     """Return the strips of one kind of figure."""
     there = [record[field] for record in records if isinstance(record.get(field), dict)]
-    names = list(dict.fromkeys(name for values in there for name in values))
+    fullest: Record = max(there, key=len, default={})  # Early records may lack some.
+    names = list(dict.fromkeys([*fullest, *(name for values in there for name in values)]))
     if not names:
         return ""
     plain = field == "inactive"
@@ -124,11 +126,10 @@ def confusion(run: Run) -> str:
         f'<h2>Confusion</h2><p class="note">{total:,} answers of the validation samples{part}, at step '
         f"{run.confusion.get('step', 0):,}: {right:,} right, {share(right / max(total, 1))}.</p>"
     )
-    few = len(classes) <= MOST_CLASSES_SHOWN
     errors = _commonest_errors(counts, classes)
-    if not few:
-        return head + (errors or '<p class="note">No errors.</p>')
-    return head + f'<div class="card wide">{_matrix(counts, classes)}</div>' + errors
+    few = len(classes) <= MOST_CLASSES_SHOWN
+    table = f'<div class="card wide">{_matrix(counts, classes)}</div>' if few else ""
+    return f'{head}<div class="pair">{table}{errors}</div>'
 
 
 def _matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
@@ -212,9 +213,8 @@ def timeline(run: Run) -> str:
         for event in listed
     )
     saved = [e for e in timed if e["kind"] == "checkpoint" and e.get("status") == "saved"]
-    notes = (
-        f"{len(saved)} checkpoints saved, the last of step {saved[-1].get('step', 0):,}. " if saved else ""
-    )
+    several = f"{len(saved):,} checkpoint{'s' if len(saved) > 1 else ''} saved, the last"
+    notes = f"{several} of step {saved[-1].get('step', 0):,}. " if saved else ""
     notes += f"{hidden} events in the middle are left out." if hidden else ""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began))
     return (

@@ -20,14 +20,15 @@ def duration(seconds: float) -> str:
 
 
 def compact(number: float) -> str:
-    """Return a number in few characters, as an axis wants it: '0', '0.25', '12k', '3e-05'."""
+    """Return a number in few characters, as an axis wants it: '0', '0.25', '1.2k', '3e-5'."""
     size = abs(number)
     if number == 0:
         return "0"
-    if size < 1e-3:
-        return f"{number:.0e}" if float(f"{number:.0e}") == number else f"{number:.1e}"
+    if size < 1e-4:
+        digits, power = f"{number:.6e}".split("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
     for factor, suffix in _LARGE:
-        if size >= 10 * factor or (size >= factor and size % factor == 0):
+        if size >= factor:
             return f"{number / factor:.6g}{suffix}"
     return f"{number:.6g}"
 
