@@ -174,7 +174,8 @@ def _pairs(title: str, differing: dict[str, list[Any]], one: str, other: str) ->
 
 
 def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    """Yield lines with aligned columns."""
+    """Yield lines with aligned columns; names in a file from elsewhere cannot speak to the terminal."""
+    rows = [tuple("".join(c if c.isprintable() else "?" for c in cell) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
