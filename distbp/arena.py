@@ -49,6 +49,7 @@ from distbp.barrier import (
     LINE_WORDS,
     LOOKS_WORD,
     PARK_WORD,
+    PROGRESS_WORD,
     Barrier,
     Parked,
     nap,
@@ -76,7 +77,8 @@ _COMMITTED, _DONE, _STOP, _SOURCE, _SAVED, _BUCKET, _CHECKED = range(8, 15)
 """Places of the 64-bit control words, behind the 32-bit words that the barrier uses; `_CHECKED` are two."""
 
 _LINE_BYTES = 4 * LINE_WORDS
-_LINE_PROGRESS, _LINE_PHASE, _LINE_BAD, _LINE_READY, _LINE_COMPUTE = range(2, 7)
+_LINE_PROGRESS = PROGRESS_WORD // 2
+_LINE_PHASE, _LINE_BAD, _LINE_READY, _LINE_COMPUTE = range(_LINE_PROGRESS + 1, _LINE_PROGRESS + 5)
 """Places of the 64-bit words in a worker's line; the first 16 bytes of it belong to the barrier."""
 _LINE_DIGEST = 128
 _LINE_NOTE = 24
