@@ -27,8 +27,8 @@ __all__ = ["MOST_CLASSES", "add_confusion"]
 MOST_CLASSES = 512
 """More classes than this make a table that says nothing, and a large file."""
 
-_LARGEST_CHECKPOINT = 64 << 20
-_BATCH = 32
+_LARGEST_CHECKPOINT = 16 << 20
+_FIRST_BATCH, _LARGEST_BATCH = 4, 64
 
 
 def add_confusion(run: Path, validation: Dataset | None = None, *, budget_s: float, hurry: bool) -> str:
@@ -71,14 +71,19 @@ def _count(
     until = time.monotonic() + budget_s
     samples = _spread(len(dataset))
     answers = len(dataset)
-    for start in range(0, len(samples), _BATCH):
-        x, y = dataset.batch(samples[start : start + _BATCH])
+    start, batch = 0, _FIRST_BATCH  # Of a large model a few samples may take all the time that there is.
+    while start < len(samples):
+        begun = time.monotonic()
+        x, y = dataset.batch(samples[start : start + batch])
         outputs = network.forward(x[None], Context(training=False))[0]
         answers = len(dataset) * (y.size // len(y))
         predicted = outputs.argmax(axis=-1) if outputs.shape[-1] > 1 else (outputs[..., 0] > 0)
         np.add.at(counts, (y.reshape(-1), predicted.reshape(-1).astype(np.int64)), 1)
-        if time.monotonic() > until:
+        start += batch
+        now = time.monotonic()
+        if now + (now - begun) > until:
             break
+        batch = min(2 * batch, _LARGEST_BATCH)
     return counts, answers
 
 

@@ -30,7 +30,7 @@ from distbp.metrics.report_parts import (
     workers,
 )
 from distbp.metrics.run_files import DONE, FAILED, LOST, RUNNING, STOPPED, Run, read_run
-from distbp.metrics.words import duration, figure, share
+from distbp.metrics.words import duration, figure, precise, share
 from distbp.terminal import say
 
 __all__ = ["page", "try_to_report", "what", "write_report"]
@@ -146,8 +146,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     if run.seconds_left is not None:
         found.append(("time left", duration(run.seconds_left)))
     elif run.result.get("wall_seconds") is not None:
-        seconds = run.result["wall_seconds"]
-        found.append(("took", f"{seconds:.1f} s" if seconds < 60 else duration(seconds)))
+        found.append(("took", precise(run.result["wall_seconds"])))
     if run.samples_per_second:
         found.append(("samples a second", figure(run.samples_per_second)))
     if run.result.get("step_ms_median"):

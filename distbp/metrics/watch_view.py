@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distbp.metrics.report import what
 from distbp.metrics.report_parts import words_of, worker_rows
 from distbp.metrics.run_files import DONE, FAILED, LOST, RUNNING, STOPPED, Run
-from distbp.metrics.words import duration, figure, share
+from distbp.metrics.words import duration, figure, precise, share
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -77,14 +77,15 @@ def _lines(run: Run, width: int) -> list[Line]:
 def _progress(run: Run, width: int) -> list[Line]:
     """Return how far the run is, and how long it will take."""
     total, step = run.total_steps, run.step
-    epoch = (run.metrics.train.newest or run.metrics.epochs.newest or {}).get("epoch")
+    newest = [record for record in (run.metrics.train.newest, run.metrics.epochs.newest) if record]
+    epoch = max(newest, key=lambda record: record["step"], default={}).get("epoch")
     parts = [f"step {step:,}" + (f" of {total:,}" if total else "")]
     if isinstance(epoch, int | float):
         parts.append(f"epoch {epoch:.1f}")
     if run.seconds_left is not None:
         parts.append(f"{duration(run.seconds_left)} left")
     elif run.result.get("wall_seconds") is not None:
-        parts.append(f"took {duration(run.result['wall_seconds'])}")
+        parts.append(f"took {precise(run.result['wall_seconds'])}")
     if run.state == RUNNING and run.changed and time.time() - run.changed > 10:
         parts.append(f"no record for {duration(time.time() - run.changed)}")
     line: Line = []

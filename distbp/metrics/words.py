@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["bytes_of", "compact", "duration", "figure", "share"]
+__all__ = ["bytes_of", "compact", "duration", "figure", "precise", "share"]
 
 _LARGE = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -17,6 +17,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def precise(seconds: float) -> str:
+    """Return a duration, below a minute with a decimal: '1.9 s'."""
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
 def compact(number: float) -> str:
