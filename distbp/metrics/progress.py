@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.job import EPOCH_CORRECT, EPOCH_LOSS, EPOCH_WEIGHT, LOSS, WEIGHT
+from distbp.metrics.words import duration
 from distbp.terminal import say
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from distbp.job import Job
     from distbp.metrics.records import Records
 
-__all__ = ["Progress", "duration"]
+__all__ = ["Progress"]
 
 RECORD_EVERY_S = 0.2
 LINE_EVERY_S = 10.0
@@ -172,13 +173,3 @@ def _new_bar() -> Any:
 
     columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
     return Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as people say it: '8 s', '3 min 20 s', '2 h 5 min'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
