@@ -29,6 +29,8 @@ def describe_plan(config: Config, backend: str, nproc: int, plan: Any) -> None:
 
 def report(out: Path) -> int:
     """Say how the run ended, where it lies, and what to do next."""
+    from distbp.metrics.records import read_records
+
     result = json.loads((out / "result.json").read_text())
     validation = result["validation"] or {}
     parts = [f"{result['epochs']} epochs, {result['steps']} steps in {result['wall_seconds']:.1f} s"]
@@ -42,7 +44,8 @@ def report(out: Path) -> int:
         parts.append(f"validation accuracy {validation['accuracy']:.4f}")
     if result["restarts"]:
         parts.append(f"{result['restarts']} lost workers replaced")
-    if _is_guessing(result):
+    diagnosed = any(event.get("kind") == "diagnosis" for event in read_records(out / "events.jsonl"))
+    if _is_guessing(result) and not diagnosed:
         print(
             "distbp: W_NOT_LEARNING the training loss is that of guessing; try a lower learning rate "
             "(-o optimizer.lr=0.01) or a larger --batch-size",
