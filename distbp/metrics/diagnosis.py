@@ -26,6 +26,9 @@ _LOOKS = 3
 _FACTOR = 1000.0
 """How much the gradients of the first and the last weights may differ before it is no matter of shapes."""
 
+_TWO_MISTAKES = 10.0
+"""Nats that two answers cost which are surely wrong: with few samples that is chance."""
+
 _STUCK = 0.95
 """A loss of this share of the reference, or more, has learned nothing."""
 
@@ -223,7 +226,10 @@ def loss_spike(history: History) -> Finding | None:
 
 
 def overfitting(history: History) -> Finding | None:
-    """The validation loss rises while the training loss falls, by more than chance and detail explain."""
+    """The validation loss is past its best while the training loss falls, and this is no chance or trifle.
+
+    Either it has stayed higher for two epochs, by more than two mistakes cost and by 2 % of the reference; or the training loss is less than half of it, and the two are 10 % of the reference apart.
+    """
     epochs = [epoch for epoch in history.epochs if epoch.validation_loss is not None]
     losses = [float(epoch.validation_loss or 0.0) for epoch in epochs]
     if len(losses) < 2:
@@ -232,16 +238,11 @@ def overfitting(history: History) -> Finding | None:
     best, last, since = losses[place], losses[-1], len(losses) - 1 - place
     if since == 0 or epochs[-1].loss > min(0.95 * epochs[place].loss, 0.9 * last):
         return None
-    floor = max(0.01 * history.reference, 2 * best / math.sqrt(max(history.facts.answers, 1)))
+    floor = max(0.02 * history.reference, _TWO_MISTAKES / max(history.facts.answers, 1))
     lasting = min(losses[-2:]) - best if since > 1 else 0.0
-    gap = last - epochs[-1].loss
-    apart = gap >= 0.1 * history.reference and epochs[-1].loss <= 0.7 * last
-    rises = (
-        lasting >= max(0.03 * best, floor)
-        or (apart and lasting >= 0.01 * best)
-        or (apart and gap >= 0.15 * history.reference and last - best >= 0.03 * best)
-    )
-    if not rises:
+    # Far apart, no rise needs to be waited for: one epoch may bring more than all before.
+    apart = last - epochs[-1].loss >= 0.1 * history.reference and epochs[-1].loss <= 0.5 * last
+    if not apart and lasting < max(0.03 * best, floor):
         return None
     sure, before = epochs[-1].validation_entropy, epochs[place].validation_entropy
     surer = sure is not None and before is not None and sure < before
