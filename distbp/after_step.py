@@ -57,7 +57,7 @@ class AfterStep:
         ranges = [split_range(job.micro_batches, seat.size, rank) for rank in range(seat.size)]
         self._stragglers = Stragglers([last - first for first, last in ranges])
         if seat.rank == 0:
-            self.records = Records(seat.admission.out)
+            self.records = Records(seat.admission.out, job.records)
             self.progress = Progress(job, seat)
             hosts = range(len(seat.host_sizes))
             self._diagnostician = Diagnostician(job, seat.admission.out) if job.diagnose else None
@@ -226,6 +226,7 @@ class AfterStep:
             with contextlib.suppress(Exception):
                 self.saver.wait()
             self.progress.close()
+            self.records.close()
 
     def _ends_epoch(self, step: int) -> bool:
         """Return whether `step` completes an epoch, or the run."""

@@ -102,7 +102,7 @@ def takes_text(key: Key) -> bool:
 def takes_texts(key: Key) -> bool:
     """Say whether `key` is a list of texts."""
     return isinstance(key.type, inspect.VarTupleType) and isinstance(
-        _plain(key.type.item_type), inspect.StrType
+        _plain(key.type.item_type), inspect.StrType | inspect.LiteralType
     )
 
 

@@ -400,6 +400,13 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     log_samples: Annotated[
         bool, Meta(description="write the sample numbers of every step to samples.log")
     ] = False
+    records: Annotated[
+        Annotated[tuple[Literal["tensorboard", "prometheus", "mlflow", "wandb"], ...], Meta(max_length=16)],
+        Meta(
+            description="where measurements go besides metrics.jsonl; a sink that fails, or that is not "
+            "installed, is named and left out"
+        ),
+    ] = ("tensorboard",)
     ray_insecure: Annotated[
         bool, Meta(description="use a Ray cluster that asks for no token; its network must be trusted")
     ] = False

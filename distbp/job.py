@@ -66,6 +66,8 @@ class Job:
     """Least size of a bucket of that exchange; None: measured at the start."""
     diagnose: bool = True
     """Whether the history of the run is judged while it goes on."""
+    records: tuple[str, ...] = ()
+    """Where records go besides `metrics.jsonl` (`metrics/sinks.py`)."""
     banner: Callable[[Job, Seat], str] = lambda job, seat: ""
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from distbp.checkpoint import Snapshot
 from distbp.data import ArrayDataset, Blocks, Rows
 from distbp.errors import ConfigError, DataError
+from distbp.metrics.sinks import SINKS
 from distbp.nn import Layer, Layout, Network
 from distbp.optim import Averaged
 from distbp.saver import AUTO
@@ -26,7 +28,9 @@ __all__ = [
     "check_data",
     "check_kind_of_samples",
     "check_metadata",
+    "check_options",
     "check_saving",
+    "check_sinks",
     "copy_tensors",
     "describe_blocks",
     "describe_layer",
@@ -171,6 +175,25 @@ def check_saving(every_steps: int | None, every_seconds: float | str | None) -> 
         raise ConfigError(
             f'checkpoint_every_seconds: expected seconds > 0, "{AUTO}" or None, got {every_seconds!r}'
         )
+
+
+def check_options(
+    metadata: dict[str, Any] | None,
+    every_steps: int | None,
+    every_seconds: float | str | None,
+    records: Sequence[str],
+) -> None:
+    """Refuse options of `fit` that mean nothing."""
+    check_metadata(metadata)
+    check_saving(every_steps, every_seconds)
+    check_sinks(records)
+
+
+def check_sinks(names: Sequence[str]) -> None:
+    """Refuse places for records that do not exist."""
+    unknown = [names] if isinstance(names, str) else [name for name in names if name not in SINKS]
+    if unknown:
+        raise ConfigError(f"records: expected a list of names from {list(SINKS)}, got {unknown[0]!r}")
 
 
 def too_many_workers(workers: int, batch_size: int, micro_batch: int) -> str:

@@ -37,8 +37,7 @@ from distbp.planning import (
     blocks_of,
     check_data,
     check_kind_of_samples,
-    check_metadata,
-    check_saving,
+    check_options,
     copy_tensors,
     describe_blocks,
     describe_layer,
@@ -156,6 +155,7 @@ class Trainer:
         checkpoint_every_seconds: float | str | None = "auto",
         keep: int = 3,
         log_samples: bool = False,
+        records: Sequence[str] = ("tensorboard",),
         max_restarts: int = 10,
         overlap: bool = True,
         bucket_bytes: int | None = None,
@@ -172,8 +172,9 @@ class Trainer:
         stored in every checkpoint; `checkpoint_every_seconds` is a time, None, or "auto": at most a minute is
         lost and 3.5 % of the time spent (`saver.py`).  With several hosts gradients are exchanged while
         backprop goes on (`overlap`), in buckets of at least `bucket_bytes` (None: measured); neither changes
-        a bit.  The state in memory is checked every `verify_every` steps (0: never; `verify.py`).  Raises
-        `Stopped` when the run was asked to stop (its state is saved).
+        a bit.  The state in memory is checked every `verify_every` steps (0: never; `verify.py`).  `records`
+        says where measurements go besides `metrics.jsonl` (`metrics/sinks.py`).  Raises `Stopped` when the
+        run was asked to stop (its state is saved).
         """
         members = membership() if members is None else members
         train_data = as_dataset(train, self.model)
@@ -196,8 +197,7 @@ class Trainer:
                 verify_every=verify_every,
                 checkpoint_every_steps=checkpoint_every_steps,
             )
-            check_metadata(metadata)
-            check_saving(checkpoint_every_steps, checkpoint_every_seconds)
+            check_options(metadata, checkpoint_every_steps, checkpoint_every_seconds, records)
             seat = members.join(plan)
             if isinstance(seat, dict):
                 return self._replay(seat)
@@ -221,6 +221,7 @@ class Trainer:
                 bucket_bytes=bucket_bytes,
                 augment=self.augment,
                 verify_every=verify_every,
+                records=tuple(records),
                 metadata=dict(metadata or {}) | {"identity": plan.identity, "environment": plan.environment},
                 banner=(lambda job, seat: "") if banner is None else banner,
             )

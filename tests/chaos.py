@@ -87,6 +87,9 @@ class Chaos:
         self._wanted = wanted
         self._bag = []
         self._held = None
+        self.out = world.disk
+        self.kind = "nothing"
+        """What happens, or happened last."""
 
     # ----- runs
 
@@ -124,7 +127,7 @@ class Chaos:
         self.check_descriptors()
         if not self._bag:
             self._bag = self.rng.sample(self.kinds, len(self.kinds))
-        kind = self._bag.pop()
+        kind = self.kind = self._bag.pop()
         step = last_step(self.out)
         measured = getattr(self, f"do_{kind}")()
         if measured is None:
@@ -443,12 +446,28 @@ class Chaos:
     # ----- when something is wrong
 
     def show_what_there_is(self, problem):
-        """Print what the job and each of its workers have said; the run directory will be gone."""
-        print(f"\nNOT AS IT SHOULD BE: {problem}\nThe job ({self.world.started_as}) has said:")
+        """Print what the job and its workers have said and where they stand; all of it will be gone."""
+        for worker in self.world.workers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGABRT)  # Whoever can still run prints its stacks.
+        states = [state_of(pid) for pid in self.world.processes()]
+        time.sleep(2.0)
+        print(f"\nNOT AS IT SHOULD BE, {self.kind}: {problem}\nThe job ({self.world.started_as}) has said:")
         print(self.world.said.tail() if self.world.said else "nothing")
         for log in sorted(self.out.glob("logs/rank-*.log")):
             print(f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-30:]))
-        sys.stdout.flush()
+        print("--- processes before that\n" + "\n".join(states), flush=True)
+
+
+def state_of(pid):
+    """Return the number, state and command of a process, and what it waits for in the kernel."""
+    try:
+        process = Path(f"/proc/{pid}")
+        state = (process / "stat").read_text().rpartition(") ")[2][0]
+        words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return f"{pid} {state} {(process / 'wchan').read_text()} {words[:100]}"
+    except OSError:
+        return f"{pid} is gone"
 
 
 def fill(path):
@@ -496,11 +515,7 @@ def soak(arguments):
             chaos.go()
         except (Different, AssertionError) as error:
             problem = str(error)
-            said = world.said.tail() if world.said else ""
-            print(
-                f"\nNOT AS IT SHOULD BE: {problem}\nThe job ({world.started_as}) has said:\n{said}",
-                flush=True,
-            )
+            chaos.show_what_there_is(problem)
     print_table(chaos.figures)
     faults = sum(map(len, chaos.figures.values()))
     bits = problem or "all with the bits of the undisturbed one, nothing left behind"

@@ -111,6 +111,8 @@ ONLY_IN = {
     "PIL": {"data.image_folder"},
     "onnx": {"onnx_export", "onnx_graph"},
     "pyarrow": {"data.parquet"},
+    "mlflow": {"metrics.trackers"},
+    "wandb": {"metrics.trackers"},
 }
 """Optional packages, imported lazily and only where a backend or transport is made of them."""
 

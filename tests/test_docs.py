@@ -74,6 +74,7 @@ ALTERNATIVES: dict[str, object] = {
     "run.join_timeout_s": 5.0,
     "run.verify_every": 5,
     "run.log_samples": True,
+    "run.records": ["prometheus"],
     "run.overlap": False,
     "run.bucket_kib": 64,
     "run.ray_insecure": True,

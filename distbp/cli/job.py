@@ -237,6 +237,7 @@ def fit_options(config: Config, preprocessing: Preprocessing, out: str | None) -
         "checkpoint_every_seconds": config.checkpoint.every_seconds,
         "keep": config.checkpoint.keep,
         "log_samples": config.run.log_samples,
+        "records": config.run.records,
         "overlap": config.run.overlap,
         "bucket_bytes": None if config.run.bucket_kib is None else config.run.bucket_kib * 1024,
         "verify_every": config.run.verify_every,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distbp.errors import CannotWrite
+from distbp.metrics.sinks import Sinks
 from distbp.terminal import say
 
 __all__ = ["Records", "append_record", "read_records"]
@@ -42,10 +43,11 @@ class Records:
     """The record files of one run, written by rank 0.
 
     A disk that is full costs measurements, with one warning, and never the run.  Lines of `samples.log` are
-    kept until they can be written: that file has every step.
+    kept until they can be written: that file has every step.  `sinks` get every measurement too.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, sinks: Iterable[str] = ()) -> None:
+        self._sinks = Sinks(sinks, out)
         self._metrics = out / "metrics.jsonl"
         self._samples = out / "samples.log"
         self._waiting = ""
@@ -54,6 +56,7 @@ class Records:
     def metric(self, record: dict[str, Any]) -> None:
         """Append a measurement."""
         self._try(self._metrics, json.dumps(record) + "\n")
+        self._sinks.write(record)
 
     def samples(self, step: int, indices: Iterable[int]) -> None:
         """Append the sample numbers that step `step` consumed."""
@@ -93,6 +96,11 @@ class Records:
 
         _keep_lines(self._metrics, keep_metric)
         _keep_lines(self._samples, keep_samples)
+        self._sinks.go_back(step + 1 if done >= step else step)
+
+    def close(self) -> None:
+        """Let the sinks write what they hold; idempotent."""
+        self._sinks.close()
 
 
 def _append(path: Path, text: str) -> None:

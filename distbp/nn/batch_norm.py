@@ -11,10 +11,11 @@ vectors.  Evaluation uses the running averages of mean and variance (layer.py, `
 the unbiased variance that PyTorch takes.
 
 The variance comes from a second pass over x - mean: the one-pass formula loses all digits when the mean is
-large.  One micro-batch is worked on at a time, because it is small enough for the cache.
+large.  Every pass goes over a micro-batch in blocks of rows that stay in the cache, and x - mean is computed
+again where it is needed: that takes less time than to write it to memory and to read it from there.
 
 Legend: G micro-batches, P values of a channel in each (samples times places), C channels, R rows of L numbers
-(channels.py): R * L = P * C.
+(channels.py): R * L = P * C, K blocks.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import numpy as np
 
 from distbp.errors import ConfigError
 from distbp.nn import initial as start
-from distbp.nn.channels import channel_sums, fold, repeated
+from distbp.nn.channels import blocks_of_rows, channel_sums, fold, repeated
 from distbp.nn.layer import Array, Context, Layer, Parameter, Shape, Statistic
+from distbp.nn.product import sum_of_rows
 
 __all__ = ["BatchNorm"]
 
@@ -80,26 +82,55 @@ class BatchNorm(Layer):
                 f"BatchNorm ({self._place}): expected at least two values for each channel in a micro-batch, "
                 f"got one; set train.micro_batch to 2 or more"
             )
-        self._fold = fold(P, C)
-        self._centred = self.buffer("centred", (G, P // self._fold, self._fold * C), x.dtype)
-        mean = channel_sums(x.reshape(G, P, C), self.buffer("mean", (G, C), x.dtype))
-        np.multiply(mean, 1.0 / P, out=mean)
+        self._x, self._fold = x, fold(P, C)
+        self._mean_GC = channel_sums(x.reshape(G, P, C), self.buffer("mean", (G, C), x.dtype))
+        np.multiply(self._mean_GC, 1.0 / P, out=self._mean_GC)
         variance = self.buffer("variance", (G, C), x.dtype)
         self._scale = self.buffer("scale", (G, C), x.dtype)
-        square = self.buffer("square", self._centred.shape[1:], x.dtype)
-        x_GRL, y_GRL = x.reshape(self._centred.shape), y.reshape(self._centred.shape)
         for g in range(G):
-            centred = self._centred[g]
-            np.subtract(x_GRL[g], repeated(mean[g], self._fold), out=centred)
-            np.multiply(centred, centred, out=square)
-            channel_sums(square.reshape(1, P, C), variance[g : g + 1])
-            variance[g] *= 1.0 / P
+            np.multiply(self._sum_of_squares(g), 1.0 / P, out=variance[g])
             self._scale[g] = 1.0 / np.sqrt(variance[g] + self.epsilon)
-            np.multiply(centred, repeated(self.gain.value * self._scale[g], self._fold), out=y_GRL[g])
-            np.add(y_GRL[g], repeated(self.bias.value, self._fold), out=y_GRL[g])
-        self._mean.observe(mean)
+            self._write_y(g, y)
+        self._mean.observe(self._mean_GC)
         self._variance.observe(np.multiply(variance, P / (P - 1)))
         return y
+
+    def _rows(self, x: Array, g: int) -> Array:
+        """Return a view of micro-batch g of an array like x as (R, L)."""
+        x_RL: Array = x[g].reshape(-1, self._fold * x.shape[-1])
+        return x_RL
+
+    def _sum_of_squares(self, g: int) -> Array:
+        """Return Σ_p (x_p - mean)² of each channel, (C,)."""
+        x_RL = self._rows(self._x, g)
+        mean = repeated(self._mean_GC[g], self._fold)
+        blocks = blocks_of_rows(*x_RL.shape)
+        sums = self.buffer("block sums", (len(blocks), x_RL.shape[1]), x_RL.dtype)
+        for block, total in zip(blocks, sums, strict=True):
+            centred = self._spare(x_RL[block])
+            np.subtract(x_RL[block], mean, out=centred)
+            np.multiply(centred, centred, out=centred)
+            sum_of_rows(centred[None], total[None])
+        return self._of_channels(sums)
+
+    def _write_y(self, g: int, y: Array) -> None:
+        """Write y of micro-batch g."""
+        x_RL, y_RL = self._rows(self._x, g), self._rows(y, g)
+        mean, bias = repeated(self._mean_GC[g], self._fold), repeated(self.bias.value, self._fold)
+        factor = repeated(self.gain.value * self._scale[g], self._fold)
+        for block in blocks_of_rows(*x_RL.shape):
+            out = np.subtract(x_RL[block], mean, out=y_RL[block])
+            np.multiply(out, factor, out=out)
+            np.add(out, bias, out=out)
+
+    def _spare(self, block: Array) -> Array:
+        """Return scratch of the shape of a block; only the last one may be shorter."""
+        return self.buffer(f"block of {len(block)}", block.shape, block.dtype)
+
+    def _of_channels(self, sums_KL: Array) -> Array:
+        """Return the sums of each channel, (C,), from the sums of the rows' columns in each block."""
+        total: Array = np.add.reduce(sums_KL.reshape(-1, sums_KL.shape[1] // self._fold), axis=0)
+        return total
 
     def _apply_averages(self, x: Array, y: Array) -> Array:
         """Write gain (x - mean) / sqrt(variance + epsilon) + bias with the running averages into `y`."""
@@ -126,29 +157,43 @@ class BatchNorm(Layer):
             dx_q = Σ_p gain dy_p ∂z_p/∂x_q = gain s (dy_q - dbias/P - z_q dgain/P)
         """
         G, C = dy.shape[0], dy.shape[-1]
-        P = math.prod(dy.shape[1:-1])
-        dy_GRL = dy.reshape(self._centred.shape)
-        self._dbias = channel_sums(dy.reshape(G, P, C), self.buffer("dbias", (G, C), dy.dtype))
+        self._dbias = self.buffer("dbias", (G, C), dy.dtype)
         self._dgain = self.buffer("dgain", (G, C), dy.dtype)
-        product = self.buffer("square", self._centred.shape[1:], dy.dtype)
         dx = self.buffer("dx", dy.shape, dy.dtype) if want_dx else None
         for g in range(G):
-            np.multiply(dy_GRL[g], self._centred[g], out=product)
-            channel_sums(product.reshape(1, P, C), self._dgain[g : g + 1])
-            self._dgain[g] *= self._scale[g]
+            self._sum_gradients(g, dy)
             if dx is not None:
-                self._write_dx(g, dy_GRL[g], dx[g].reshape(product.shape), product)
+                self._write_dx(g, dy, dx)
         self.bias.collect(lambda lo, hi, out: np.copyto(out, self._dbias[lo:hi]))
         self.gain.collect(lambda lo, hi, out: np.copyto(out, self._dgain[lo:hi]))
         return dx
 
-    def _write_dx(self, g: int, dy_RL: Array, dx_RL: Array, spare_RL: Array) -> None:
+    def _sum_gradients(self, g: int, dy: Array) -> None:
+        """Write dbias and dgain of micro-batch g."""
+        x_RL, dy_RL = self._rows(self._x, g), self._rows(dy, g)
+        mean = repeated(self._mean_GC[g], self._fold)
+        blocks = blocks_of_rows(*x_RL.shape)
+        sums = self.buffer("gradient sums", (2, len(blocks), x_RL.shape[1]), dy.dtype)
+        for block, of_dy, of_product in zip(blocks, *sums, strict=True):
+            product = np.subtract(x_RL[block], mean, out=self._spare(x_RL[block]))
+            np.multiply(product, dy_RL[block], out=product)
+            sum_of_rows(dy_RL[block][None], of_dy[None])
+            sum_of_rows(product[None], of_product[None])
+        self._dbias[g] = self._of_channels(sums[0])
+        np.multiply(self._of_channels(sums[1]), self._scale[g], out=self._dgain[g])
+
+    def _write_dx(self, g: int, dy: Array, dx: Array) -> None:
         """Write dx of micro-batch g as dy a + (x - mean) b + c, with vectors of channels a, b, c."""
-        P = dy_RL.size // len(self._scale[g])
-        a = self.gain.value * self._scale[g]
-        b = -a * self._scale[g] * self._dgain[g] * (1.0 / P)
-        c = -a * self._dbias[g] * (1.0 / P)
-        np.multiply(dy_RL, repeated(a, self._fold), out=dx_RL)
-        np.multiply(self._centred[g], repeated(b, self._fold), out=spare_RL)
-        np.add(dx_RL, spare_RL, out=dx_RL)
-        np.add(dx_RL, repeated(c, self._fold), out=dx_RL)
+        x_RL, dy_RL, dx_RL = (self._rows(array, g) for array in (self._x, dy, dx))
+        P = x_RL.size // len(self._scale[g])
+        factor = self.gain.value * self._scale[g]
+        mean, a = repeated(self._mean_GC[g], self._fold), repeated(factor, self._fold)
+        b = repeated(-factor * self._scale[g] * self._dgain[g] * (1.0 / P), self._fold)
+        c = repeated(-factor * self._dbias[g] * (1.0 / P), self._fold)
+        for block in blocks_of_rows(*x_RL.shape):
+            spare, out = self._spare(x_RL[block]), dx_RL[block]
+            np.subtract(x_RL[block], mean, out=spare)
+            np.multiply(spare, b, out=spare)
+            np.multiply(dy_RL[block], a, out=out)
+            np.add(out, spare, out=out)
+            np.add(out, c, out=out)

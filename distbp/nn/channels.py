@@ -18,10 +18,21 @@ import numpy as np
 
 from distbp.nn.layer import Array
 
-__all__ = ["channel_sums", "fold", "repeated"]
+__all__ = ["blocks_of_rows", "channel_sums", "fold", "repeated"]
 
 ROW_ELEMENTS = 512
 """Length that a row may reach; longer ones gain nothing."""
+
+
+BLOCK_ELEMENTS = 1 << 15
+"""Numbers of a block: 128 KiB of float32, so that a few blocks stay in the second-level cache."""
+
+
+@functools.cache
+def blocks_of_rows(rows: int, length: int) -> tuple[slice, ...]:
+    """Return the blocks in which `rows` rows of `length` numbers are worked on."""
+    step = max(1, BLOCK_ELEMENTS // length)
+    return tuple(slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 @functools.cache

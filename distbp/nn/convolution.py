@@ -8,8 +8,8 @@ Each pass walks over the micro-batches and, inside one, over a few samples at a 
 multiply, go on while they are in the cache.  All of it depends on the shape of a micro-batch alone.
 
 Not here: other forms of the same function (Winograd, sums of shifted products, FFT), which are faster for
-some shapes and round differently.  Columns are laid out again for the gradients of the weights, because
-keeping them would cost kh*kw times the memory of the activations.
+some shapes and round differently.  Columns of x are not kept for backward, because they take kh*kw times the
+memory of the activations; with stride 1 it needs none of them, for the columns of dy give dx and dW.
 
 Legend: G micro-batches, b samples, n samples of a part, H W places, C channels, O outputs, g groups,
 K = kh*kw*C/g, R rows of columns.
@@ -139,20 +139,31 @@ class _Convolution(Layer):
 
             dx_uvc = Σ_rso dy_(u-r+p)(v-s+p)o W_rsco = Σ_r's'o dy_(u+r'-p')(v+s'-p')o W_(kh-1-r')(kw-1-s')co
 
-        with r' = kh-1-r and p' = kh-1-p: the columns of dy times the weights turned by 180 degrees, and
-        gathering is cheaper than scattering.
+        with r' = kh-1-r and p' = kh-1-p: the columns Y of dy times the weights turned by 180 degrees, and
+        gathering is cheaper than scattering.  The same columns give dW, turned as well, from the numbers of
+        the image as they lie there:
+
+            dW_rsco = Σ_uv x_uvc dy_(u-r+p)(v-s+p)o = (Yᵀ x)_r's'oc
+
+        which saves the columns of x where those of dy are not the larger ones.
         """
         self._dy = dy
         if self.has_bias:
             self.bias.collect(self._bias_leaf)
-        self.weight.collect(self._weight_leaf)
+        back = self._backward_columns
+        shares_columns = back is not None and want_dx and back.channels <= self._columns.channels
+        if not shares_columns:
+            self.weight.collect(self._weight_leaf)
         if not want_dx:
             return None
         dx = self.buffer("dx", self._x.shape, dy.dtype)
-        if self._backward_columns is None:
+        if back is None:
             self._scatter(dy, self._as_images(dx))
-        else:
-            self._convolve_back(self._backward_columns, dy, self._as_images(dx))
+            return dx
+        dW = self.buffer("dW", (len(dy) if shares_columns else 0, *self.weight.shape), dy.dtype)
+        self._convolve_back(back, dy, self._as_images(dx), dW)
+        if shares_columns:
+            self.weight.collect(lambda lo, hi, out: np.copyto(out, dW[lo:hi]))
         return dx
 
     def _bias_leaf(self, lo: int, hi: int, out_GO: Array) -> None:
@@ -165,17 +176,17 @@ class _Convolution(Layer):
             for part in columns.parts(len(x_bHWC)):
                 self._add_weights(columns.gather(x_bHWC[part]), dy_b[part], target_gKO, part.start == 0)
 
-    def _add_weights(self, columns_gRK: Array, dy_n: Array, target_gKO: Array, is_first: bool) -> None:
-        """Write or add Xᵀ dy of a part, summed over its stacks of rows."""
+    def _add_weights(self, columns_gRK: Array, images_n: Array, target_gKO: Array, is_first: bool) -> None:
+        """Write or add columnsᵀ images of a part, summed over its stacks of rows."""
         groups, num_rows, _ = columns_gRK.shape
-        rows = rows_at_once(num_rows // len(dy_n), *target_gKO.shape[1:])
+        rows = rows_at_once(num_rows // len(images_n), *target_gKO.shape[1:])
         shape = (groups, num_rows // rows, *target_gKO.shape[1:])
-        products = self.buffer(f"products of {len(dy_n)}", shape, dy_n.dtype)
-        columns_transpose_times(columns_gRK, dy_n, rows, products)
+        products = self.buffer(f"products of {len(images_n)}", shape, images_n.dtype)
+        columns_transpose_times(columns_gRK, images_n, rows, products)
         if is_first:
             np.add.reduce(products, axis=1, out=target_gKO)
         else:
-            total = self.buffer("total", target_gKO.shape, dy_n.dtype)
+            total = self.buffer("total", target_gKO.shape, images_n.dtype)
             np.add(target_gKO, np.add.reduce(products, axis=1, out=total), out=target_gKO)
 
     def _scatter(self, dy: Array, dx_GbHWC: Array) -> None:
@@ -189,19 +200,27 @@ class _Convolution(Layer):
                 dX = self.buffer(f"dX of {len(dy_n)}", shape, dy_n.dtype)
                 columns.scatter(rows_times_weights_transpose(dy_n, weights, dX), dx_bHWC[part])
 
-    def _convolve_back(self, columns: Columns, dy: Array, dx_GbHWC: Array) -> None:
-        """Write dx as the convolution of dy with the weights turned around."""
-        kh, kw = columns.window
-        weights = self.weight.value.reshape(kh, kw, -1, self.groups, columns.channels)
-        shape = (self.groups, kh, kw, columns.channels, weights.shape[2])
-        turned = self.buffer("turned", shape, dy.dtype)
+    def _convolve_back(self, columns: Columns, dy: Array, dx_GbHWC: Array, dW: Array) -> None:
+        """Write dx as the convolution of dy with the weights turned around; and dW, where it has rows."""
+        (kh, kw), groups, channels = columns.window, self.groups, self._input_shape[-1] // self.groups
+        weights = self.weight.value.reshape(kh, kw, channels, groups, -1)
+        turned = self.buffer("turned", (groups, kh, kw, weights.shape[-1], channels), dy.dtype)
         np.copyto(turned, weights[::-1, ::-1].transpose(3, 0, 1, 4, 2))
-        turned = turned.reshape(self.groups, columns.width, -1)
-        rows = rows_at_once(math.prod(columns.windows), *turned.shape[1:])
+        turned_gKC = turned.reshape(groups, columns.width, channels)
+        dW_turned = self.buffer("dW turned", turned_gKC.shape, dy.dtype)
+        rows = rows_at_once(math.prod(columns.windows), *turned_gKC.shape[1:])
         dy_GbHWO = dy.reshape(*dy.shape[:2], *columns.image, self.outputs)
-        for dy_bHWO, dx_bHWC in zip(dy_GbHWO, dx_GbHWC, strict=True):
+        for g, (dy_bHWO, dx_bHWC, x_bHWC) in enumerate(
+            zip(dy_GbHWO, dx_GbHWC, self._as_images(self._x), strict=True)
+        ):
             for part in columns.parts(len(dy_bHWO)):
-                columns_times_weights(columns.gather(dy_bHWO[part]), turned, rows, dx_bHWC[part])
+                gathered = columns.gather(dy_bHWO[part])
+                columns_times_weights(gathered, turned_gKC, rows, dx_bHWC[part])
+                if len(dW):
+                    self._add_weights(gathered, x_bHWC[part], dW_turned, part.start == 0)
+            if len(dW):
+                upright = dW_turned.reshape(turned.shape)[:, ::-1, ::-1].transpose(1, 2, 4, 0, 3)
+                np.copyto(dW[g].reshape(weights.shape), upright)
 
     def _columns_for_dx(self) -> Columns | None:
         """Return the columns of dy for `_convolve_back`, or None where dx must be scattered."""
