@@ -131,8 +131,7 @@ class AfterStep:
         diagnostician = self._diagnostician
         findings = [] if diagnostician is None else diagnostician.step(step, tail, accepted=accepted)
         if layers is not None:
-            record = {"kind": "layers"} | self.progress.position(step)
-            record |= layers if diagnostician is None else diagnostician.look(step, layers)
+            record = {"kind": "layers"} | self.progress.position(step) | layers
             self.records.metric(record)
             if diagnostician is not None and accepted:
                 diagnostician.history.read([record])

@@ -18,7 +18,6 @@ into the metadata of checkpoints with it, but belong to no hash.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from distbp.arena import Arena
 from distbp.exchange import Piece
-from distbp.job import ENTROPY, SQUARES, WEIGHT, Job, epoch_ends_at
+from distbp.job import ENTROPY, LOSS, SQUARES, WEIGHT, Job, epoch_ends_at
 from distbp.metrics import noise
 from distbp.nn import Leaf, Sums
 from distbp.nn.inactive import inactive_units
@@ -37,8 +36,9 @@ __all__ = ["CloserLook", "watched_in_epoch", "watched_noise_scale"]
 
 Array = NDArray[Any]
 
-_EPOCH_ENTROPY, _EPOCH_ANSWERS, _SIGNAL, _TRACE, _LOOKS = range(5)
-"""Places in `Arena.watched`: sums since the last epoch's end, averages of the noise, looks that they hold."""
+_EPOCH_ENTROPY, _EPOCH_ANSWERS, _SIGNAL, _TRACE, _LOOKS, _LOSS, _WEIGHT = range(7)
+"""Places in `Arena.watched`: sums since the last epoch's end; averages of the noise, and how many looks they
+hold; sums since the last look."""
 
 _LEAST_STEPS = 25
 """Steps between two looks: one costs a tenth of a step of an mlp (docs/LOG.md)."""
@@ -60,7 +60,9 @@ class CloserLook:
         self._squares = np.zeros(last - first)
         self._blocks = norm.blocks(job.network.layout.borders())
         self._scratch = np.empty(norm.BLOCK, np.float32)
-        self._idle: deque[dict[str, NDArray[np.bool_]]] = deque(maxlen=-(-_UNIT_SAMPLES // job.micro_batch))
+        self._least = -(-_UNIT_SAMPLES // job.micro_batch)
+        self._idle: dict[int, dict[str, NDArray[np.bool_]]] = {}
+        self._step = 0
         self.on = False
 
     def is_due(self, step: int) -> bool:
@@ -70,7 +72,7 @@ class CloserLook:
 
     def begin(self, step: int) -> None:
         """Begin a step."""
-        self.on = self.is_due(step)
+        self._step, self.on = step, self.is_due(step)
         self._squares.fill(0)
 
     def measured(self, leaf: Leaf) -> Leaf:
@@ -103,8 +105,11 @@ class CloserLook:
         np.copyto(following, current)
         if epoch_ends_at(step, len(job.train), job.batch_size):
             following[[_EPOCH_ENTROPY, _EPOCH_ANSWERS]] = 0
+        if step and self.is_due(step - 1):
+            following[[_LOSS, _WEIGHT]] = 0
         if not len(gradient_sums):
             return
+        following[[_LOSS, _WEIGHT]] += tail[[LOSS, WEIGHT]]
         following[_EPOCH_ENTROPY] += tail[ENTROPY]
         following[_EPOCH_ANSWERS] += job.batch_size * job.network.loss.answers
         if self.on and job.micro_batches > 1:
@@ -130,9 +135,16 @@ class CloserLook:
                 sizes[index] = np.vecdot(part, part)
 
     def layers(self, tail: NDArray[np.float64], accepted: bool) -> dict[str, Any]:
-        """Return what rank 0 has seen of the layers in this step, once everybody has updated."""
+        """Return what rank 0 has seen in this step, once everybody has updated."""
         gradients, sizes = self._arena.sums, self._arena.looks[1]
-        found: dict[str, Any] = {"gradient_norm": {}, "update_ratio": {}, "inactive": self._inactive()}
+        loss, seen = self._arena.watched(self._step + 1)[[_LOSS, _WEIGHT]]
+        found: dict[str, Any] = {
+            "loss": float(loss / seen) if seen else None,
+            "lr": self._job.schedule(self._step),
+            "gradient_norm": {},
+            "update_ratio": {},
+            "inactive": self._inactive(),
+        }
         if not accepted:
             return found
         changes, weight = self._arena.looks[0], float(tail[WEIGHT])
@@ -151,13 +163,13 @@ class CloserLook:
     def _inactive(self) -> dict[str, float]:
         """Return the share of each layer's units that were inactive in all of the last looks, if enough."""
         units = inactive_units(self._job.network)
-        self._idle.append(units)
-        if len(self._idle) < (self._idle.maxlen or 0):
+        # A step that is done again is looked at again.
+        kept = [(step, idle) for step, idle in self._idle.items() if step < self._step]
+        self._idle = dict([*kept, (self._step, units)][-self._least :])
+        if len(self._idle) < self._least:
             return {}
-        return {
-            layer: _short(float(np.mean(np.logical_and.reduce([look[layer] for look in self._idle]))))
-            for layer in units
-        }
+        together = {layer: [look[layer] for look in self._idle.values()] for layer in units}
+        return {layer: _short(float(np.mean(np.all(idle, axis=0)))) for layer, idle in together.items()}
 
 
 def watched_in_epoch(watched: NDArray[np.float64], kind: str) -> dict[str, float | None]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +51,6 @@ class Diagnostician:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._usual = 0.0
         self._steps = 0
-        self._sums = np.zeros(2)
         if step:
             self.history.read(read_records(self._out / "metrics.jsonl"))
             events = read_records(self._out / "events.jsonl")
@@ -63,23 +61,18 @@ class Diagnostician:
         if not accepted:
             self.history.skipped.append(step)
             return self.judge()
-        self._sums += tail[LOSS], tail[WEIGHT]
         loss = float(tail[LOSS] / tail[WEIGHT])
         if self.history.spike is None and self._is_spike(loss):
             self.history.spike = Spike(step, sum(self._recent) / _RECENT, self._usual)
             return self.judge()
         return []
 
-    def look(self, step: int, layers: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields of a look's record: `layers`, the mean loss since the last look, and the rate."""
-        loss, weight = self._sums
-        self._sums[:] = 0
-        mean = float(loss / weight) if weight else None
-        return {"loss": mean, "lr": self._job.schedule(step - 1)} | layers
-
     def judge(self) -> list[Finding]:
         """Return what is to be said now, and never again."""
-        found = diagnose(self.history, self._said)
+        try:
+            found = diagnose(self.history, self._said)
+        except (ArithmeticError, ValueError):
+            return []  # Numbers at the end of their range say nothing, and must not end the run.
         self._said |= {finding.name for finding in found}
         return found
 
@@ -102,7 +95,8 @@ def facts_of(job: Job) -> Facts:
     network = job.network
     outputs = network.output_shape[-1] if network.output_shape else 1
     layout = network.layout
-    rates = [job.schedule(step) for step in np.linspace(0, max(job.total_steps - 1, 0), 200, dtype=int)]
+    last = max(job.total_steps - 1, 0)
+    rates = [job.schedule(step * last // 200) for step in range(201)]
     return Facts(
         total_steps=job.total_steps,
         batch_size=job.batch_size,

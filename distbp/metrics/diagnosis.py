@@ -228,7 +228,9 @@ def loss_spike(history: History) -> Finding | None:
 def overfitting(history: History) -> Finding | None:
     """The validation loss is past its best while the training loss falls, and this is no chance or trifle.
 
-    Either it has stayed higher for two epochs, by more than two mistakes cost and by 2 % of the reference; or the training loss is less than half of it, and the two are 10 % of the reference apart.
+    Either it has stayed higher for two epochs, by more than two mistakes cost and by 2 % of the reference;
+    or the two are 10 % of the reference apart, and the training loss is less than half of it, or less than
+    three quarters while it has stayed 1.5 % higher for two epochs.
     """
     epochs = [epoch for epoch in history.epochs if epoch.validation_loss is not None]
     losses = [float(epoch.validation_loss or 0.0) for epoch in epochs]
@@ -240,9 +242,9 @@ def overfitting(history: History) -> Finding | None:
         return None
     floor = max(0.02 * history.reference, _TWO_MISTAKES / max(history.facts.answers, 1))
     lasting = min(losses[-2:]) - best if since > 1 else 0.0
-    # Far apart, no rise needs to be waited for: one epoch may bring more than all before.
-    apart = last - epochs[-1].loss >= 0.1 * history.reference and epochs[-1].loss <= 0.5 * last
-    if not apart and lasting < max(0.03 * best, floor):
+    # The farther apart, the less of a rise is waited for: the next epoch may bring more than all before.
+    share = epochs[-1].loss / last if last - epochs[-1].loss >= 0.1 * history.reference else 1.0
+    if lasting < max(0.03 * best, floor) and not (share <= 0.75 and lasting >= 0.015 * best) and share > 0.5:
         return None
     sure, before = epochs[-1].validation_entropy, epochs[place].validation_entropy
     surer = sure is not None and before is not None and sure < before
