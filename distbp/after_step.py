@@ -200,7 +200,8 @@ class AfterStep:
             "parameters_sha256": checkpoint.parameters_sha256(model),
             "state_sha256": checkpoint.state_sha256(tensors),
             "train_loss": next((e["loss"] for e in reversed(history) if e["kind"] == "train"), None),
-            "validation": validation and {key: validation[key] for key in ("loss", "accuracy")},
+            "validation": validation
+            and {key: validation.get(key) for key in ("loss", "accuracy", "entropy")},
             "samples_per_second": rate,
             "step_ms_median": median * 1e3 if median else None,
             "flops_per_sample": flops,
