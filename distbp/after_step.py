@@ -38,6 +38,9 @@ __all__ = ["AfterStep"]
 
 Array = NDArray[Any]
 
+_HEAR_EVERY = 4
+"""Batches of evaluation between two words of the hosts."""
+
 
 class AfterStep:
     """One worker's part of what follows a step; `records`, `progress` and `saver` exist on rank 0 only.
@@ -54,6 +57,7 @@ class AfterStep:
         self.views = views
         self.check = check
         self._faults = faults
+        self._transport: Transport | None = None
         ranges = [split_range(job.micro_batches, seat.size, rank) for rank in range(seat.size)]
         self._stragglers = Stragglers([last - first for first, last in ranges])
         if seat.rank == 0:
@@ -138,7 +142,7 @@ class AfterStep:
                 findings += diagnostician.judge()
         self._say(findings)
 
-    def _record_epoch(self, step: int, records: list[dict[str, Any]]) -> None:
+    def _record_epoch(self, records: list[dict[str, Any]]) -> None:
         """Write the records of an epoch's end, and ask what they tell."""
         for record in records:
             self.records.metric(record)
@@ -164,20 +168,36 @@ class AfterStep:
             if self.saves_at(step, save=save, stop=stop):
                 # A run that goes back to this checkpoint does not evaluate again.
                 self.check.meet(step)
+        self._transport = transport
+        saves = self.saves_at(step, save=save, stop=stop)
+        accepted = True
         if self.seat.rank == 0:
             if ends_epoch:
                 watched = watched_in_epoch(arena.watched(step), job.network.loss.kind)
-                records = self.progress.epoch(step, arena.scalars(step), watched, validation)
-                self._record_epoch(step, records)
-            last = stop or step >= job.total_steps
-            if self.saves_at(step, save=save, stop=stop):
-                if not self._save(step):
-                    return  # Everybody is about to go back, and will come here again.
-                if last:
+                self._record_epoch(self.progress.epoch(step, arena.scalars(step), watched, validation))
+            if saves:
+                accepted = self._save(step)
+                if accepted and (stop or step >= job.total_steps):
                     self.saver.wait_durable(step, self._waiting)
                 arena.saved = self.saver.saved_step
-        if self.seat.local_rank == 0:
+        if saves and transport is not None and self.seat.local_rank == 0:
+            self._await_rank_0(transport)
+        if self.seat.local_rank == 0 and accepted:  # Else everybody goes back, and will come here again.
             arena.done = step
+
+    def _await_rank_0(self, transport: Transport) -> None:
+        """Let the hosts wait for rank 0, which may have to wait for a disk; it speaks twice a second.
+
+        So the deadline of the transport holds for the time between two words, and not for the disk.
+        """
+        while not self._hear(transport, ready=True):
+            self.arena.progress(SAVING)
+
+    def _hear(self, transport: Transport, *, ready: bool) -> bool:
+        """Meet the first workers of all hosts; return whether all of them are ready."""
+        words = [np.empty(1, np.float32) for _ in self.seat.host_sizes]
+        transport.allgather(np.array([ready], np.float32), words)
+        return all(word[0] for word in words)
 
     def result(self, step: int, stopped: bool, durations: list[float]) -> dict[str, Any]:
         """Return what rank 0 reports about the run; `durations` are the seconds of each step."""
@@ -248,9 +268,13 @@ class AfterStep:
         count = num_batches(job.validation)
         rows = arena.evaluation
         arena.barrier.wait()
-        for index in range(*split_range(count, seat.size, seat.rank)):
-            write_row(job.network, job.validation, index, rows[index])
-            arena.progress(EVALUATE)
+        mine = range(*split_range(count, seat.size, seat.rank))
+        for turn in range(-(-count // seat.size)):
+            if turn < len(mine):
+                write_row(job.network, job.validation, mine[turn], rows[mine[turn]])
+                arena.progress(EVALUATE)
+            if transport is not None and seat.local_rank == 0 and turn % _HEAR_EVERY == _HEAR_EVERY - 1:
+                self._hear(transport, ready=True)  # However long it takes, nobody is silent.
         arena.barrier.wait()
         if transport is not None and seat.local_rank == 0:
             self._gather_rows(transport, count)
@@ -272,7 +296,7 @@ class AfterStep:
         """Let the save in flight come to its end: what it writes was right, and may be what we go back to."""
         if self.seat.rank == 0:
             with contextlib.suppress(DistbpError):
-                self.saver.wait(self._waiting)
+                self.saver.wait(lambda: self.arena.progress(SAVING))
                 self.arena.saved = self.saver.saved_step
 
     def _save(self, step: int) -> bool:
@@ -291,3 +315,5 @@ class AfterStep:
     def _waiting(self) -> None:
         """Say that this worker is not stuck: it waits for the disk."""
         self.arena.progress(SAVING)
+        if self._transport is not None:
+            self._hear(self._transport, ready=False)

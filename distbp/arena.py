@@ -49,6 +49,7 @@ from distbp.barrier import (
     LINE_WORDS,
     LOOKS_WORD,
     PARK_WORD,
+    PROGRESS_WORD,
     Barrier,
     Parked,
     nap,
@@ -79,7 +80,10 @@ _COMMITTED, _DONE, _STOP, _SOURCE, _SAVED, _BUCKET, _CHECKED = range(8, 15)
 """Places of the 64-bit control words, behind the 32-bit words that the barrier uses; `_CHECKED` are two."""
 
 _LINE_BYTES = 4 * LINE_WORDS
-_LINE_PROGRESS, _LINE_PHASE, _LINE_BAD, _LINE_READY, _LINE_COMPUTE, _LINE_COMPUTED, _LINE_WAITED = range(2, 9)
+_LINE_PROGRESS = PROGRESS_WORD // 2
+_LINE_PHASE, _LINE_BAD, _LINE_READY, _LINE_COMPUTE, _LINE_COMPUTED, _LINE_WAITED = range(
+    _LINE_PROGRESS + 1, _LINE_PROGRESS + 7
+)
 """Places of the 64-bit words in a worker's line; the first 16 bytes of it belong to the barrier."""
 _LINE_DIGEST = 128
 _LINE_NOTE = 24

@@ -8,7 +8,8 @@ system call only when somebody sleeps.
 
 What it never does: return when somebody is missing, or wait for ever.  Whoever watches the workers sets the
 `PARK` word to the number of the next attempt and wakes the sleepers; every waiter then leaves with `Parked`.
-Without that, a wait ends at its deadline with `WorkerLost`, which names the missing worker.
+Without that, a wait ends with `WorkerLost`, which names the missing worker, when that one has made no
+progress for the time of the deadline.
 
 Memory order: a worker's writes must be visible before its counter is.  x86 keeps the order of stores and of
 loads, so nothing is needed there.  On other processors each arrival and each departure makes one futex call,
@@ -38,6 +39,7 @@ __all__ = [
     "LINE_WORDS",
     "LOOKS_WORD",
     "PARK_WORD",
+    "PROGRESS_WORD",
     "Barrier",
     "Parked",
     "nap",
@@ -50,8 +52,9 @@ FIRST_LINE_WORD = 1024
 LINE_WORDS = 64
 """Words of 32 bits: the control words stand in the first page, then 256 bytes for each worker."""
 
-_ARRIVED, _SLEEPERS, LOOKS_WORD = 0, 1, 2
-"""Places in a worker's line: the round it has come to, who sleeps on that, how often it looked at others."""
+_ARRIVED, _SLEEPERS, LOOKS_WORD, PROGRESS_WORD = 0, 1, 2, 4
+"""Places in a worker's line: the round it has come to, who sleeps on that, how often it looked at others, and
+the lower half of its units of progress (`arena.py`)."""
 _SPINS = range(100)
 _YIELDS = range(150)
 NAP_S = 0.02
@@ -135,7 +138,7 @@ class Barrier:
             os.sched_yield()
             if words[line] >= number:
                 return
-        until = time.monotonic() + self.deadline_s
+        until, progress = time.monotonic() + self.deadline_s, self._progress_of(line)
         while True:
             words[line + _SLEEPERS] = 1
             seen = words[line]
@@ -144,10 +147,18 @@ class Barrier:
             self.look()
             nap(self._address + 4 * line, seen)
             if words[line] < number and time.monotonic() > until:
+                before, progress = progress, self._progress_of(line)
+                if progress != before:
+                    until = time.monotonic() + self.deadline_s
+                    continue
                 raise WorkerLost(
                     f"waited {self.deadline_s:g} s for worker {self.first_rank + other} of the same host, "
                     "which made no progress; look at its log, then run again: resuming is safe"
                 )
+
+    def _progress_of(self, line: int) -> tuple[int, int]:
+        """Return what changes as long as a worker is alive."""
+        return self._words[line + PROGRESS_WORD], self._words[line + LOOKS_WORD]
 
     def order_stores(self) -> None:
         """Make this worker's writes visible before what it writes next; nothing to do on x86."""

@@ -77,9 +77,6 @@ Array = NDArray[Any]
 
 FLOAT_BYTES = 4
 
-SLOW_DEADLINE_S = 300.0
-"""Seconds to wait for others at evaluations and saves, where a slow disk may hold rank 0 up."""
-
 
 class Worker:
     """One worker in one call of `fit`; `run` returns whether the run was stopped before its last step."""
@@ -255,7 +252,6 @@ class Worker:
             due = self.after.is_due(self.step) or bool(self._flags.any())
             if due and self.arena.done < self.step:
                 save = bool(self._flags[1])
-                self._set_deadlines(SLOW_DEADLINE_S)
                 self.after.finish(self.step, save=save, stop=stop, transport=self._transport)
             if stop or self.step >= job.total_steps:
                 if self.seat.local_rank == 0:
