@@ -4,7 +4,7 @@
 
 Two to eight emulated hosts with one rank each, links of 100 and 1,000 Mbit/s, gradients of three sizes,
 without overlap.  A point is the time of the phase `reduce` of rank 0, the lower quartile of its records: the
-exchange with its barriers.  `distbp simulate --points FILE` fits the model of `distbp/bench/model.py` to them;
+exchange with its barriers.  `distbp simulate --points FILE` fits the model of `distbp/bench/model.py`;
 the points that it takes by itself lie in `distbp/bench/measured_exchanges.json`.
 
 Needs Linux, root, iproute2 and `make mpi-environments`.  Emulated hosts share this machine's cores.
