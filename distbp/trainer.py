@@ -223,7 +223,6 @@ class Trainer:
                 augment=self.augment,
                 verify_every=verify_every,
                 records=tuple(records),
-                observer=self.observer,
                 metadata=dict(metadata or {}) | {"identity": plan.identity, "environment": plan.environment},
                 banner=(lambda job, seat: "") if banner is None else banner,
             )
@@ -365,6 +364,7 @@ class Trainer:
 
     def _train(self, members: Membership, seat: Seat, job: Job) -> History:
         """Run the worker to the end of the call, through losses that happen while it ends."""
+        job.observer = self.observer
         worker = Worker(seat, job)
         try:
             while True:

@@ -48,7 +48,7 @@ def test_evaluate_repeats_the_validation_of_training(
 ) -> None:
     """The validation samples of a run, read from a file, give its loss and accuracy to the last bit."""
     found = json.loads(succeed("evaluate", digits_run, *data, "--json", cwd=held_out))
-    assert {name: found[name] for name in ("loss", "accuracy")} == validation
+    assert {name: found[name] for name in ("loss", "accuracy", "entropy")} == validation
     assert found["samples"] == HELD_OUT
     assert found["part"] == ("validation" if "--part" in data else "all")
 
