@@ -240,6 +240,7 @@ class AfterStep:
             and {key: validation.get(key) for key in ("loss", "accuracy", "entropy")},
             "samples_per_second": rate,
             "step_ms_median": median * 1e3 if median else None,
+            "step_ms_quartiles": _quartiles(durations),
             "flops_per_sample": flops,
             "gflops_per_second": rate * flops / 1e9 if rate else None,
             "noise_scale": noise_scale,
@@ -333,3 +334,14 @@ class AfterStep:
         self.arena.progress(SAVING)
         if self._transport is not None:
             self._hear(self._transport, ready=False)
+
+
+def _quartiles(durations: list[float]) -> list[float] | None:
+    """Return least, lower quartile, median and upper quartile in ms, without the first steps.
+
+    Those touch memory for the first time: a quarter of the steps, but at most 20, do not count.
+    """
+    steady = durations[min(20, len(durations) // 4) :]
+    if len(steady) < 2:
+        return None
+    return [round(1e3 * seconds, 4) for seconds in (min(steady), *statistics.quantiles(steady))]

@@ -4,6 +4,7 @@
     metrics.jsonl  events.jsonl  samples.log           records, one a line
     logs/rank-00000.log                                what each worker had to say
     checkpoints/step-00001000/                         see `distbp/checkpoint/`
+    report.html                                        all of it on one page, written when a run ends
     lock                                               held by the job that writes here
 
 The keeper of a job (the launching process; the only worker of a serial run) opens it, holds a lock on it
@@ -39,6 +40,7 @@ from distbp.errors import (
     WorkerLost,
 )
 from distbp.metrics.records import append_record
+from distbp.metrics.report import try_to_report
 from distbp.terminal import say
 
 _HASH_DIGITS = 64
@@ -60,6 +62,7 @@ class RunDirectory:
         self.path = path
         self.start = before.start + 1
         self._lock = lock
+        self._ended = False
         newest = _newest_step(path)
         me = (os.getpid(), socket.gethostname())
         fruitless = 0 if newest > before.newest else before.fruitless
@@ -128,14 +131,16 @@ class RunDirectory:
                     f"{restore} is damaged: {problems[0]}; name another checkpoint, or use --resume auto "
                     "to take the newest one that verifies"
                 )
+        step = 0
         if restore is not None:
             held = checkpoint.describe(restore)
+            step = held["step"]
             compare_identity(plan, held["metadata"], restore)
-            finished = self._finished_result(plan, held["step"])
+            finished = self._finished_result(plan, step)
             if finished is not None:
                 return Admission(self.path, restore, self.start, finished)
-            self._set_aside_later(held["step"])
-        self._describe_run(plan)
+            self._set_aside_later(step)
+        self._describe_run(plan, step)
         return Admission(self.path, restore, self.start)
 
     def newest_checkpoint(self) -> Path | None:
@@ -154,12 +159,16 @@ class RunDirectory:
         if result["exit_code"] != WorkerLost.exit_code:
             self._forget_fruitless()
         write_file(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        self._ended = True
 
     def close(self) -> None:
-        """Drop the lock; idempotent."""
+        """Drop the lock, and write the report of a run that said how it ended; idempotent."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+        if self._ended:
+            self._ended = False
+            try_to_report(self.path)
 
     def _forget_fruitless(self) -> None:
         """Begin to count starts without a new checkpoint anew."""
@@ -189,12 +198,21 @@ class RunDirectory:
                 path.rename(path.with_name(f"{path.name}.superseded-{self.start}"))
                 self.event({"kind": "checkpoint", "status": "superseded", "path": str(path)})
 
-    def _describe_run(self, plan: Plan) -> None:
-        """Write what repeats the run and where it runs."""
+    def _describe_run(self, plan: Plan, step: int) -> None:
+        """Write what repeats the run, where it runs, and that it begins at `step`."""
         (self.path / "result.json").unlink(missing_ok=True)
         write_file(self.path / "environment.json", json.dumps(plan.environment, indent=2) + "\n")
         if plan.config_toml:
             write_file(self.path / "config.toml", plan.config_toml)
+        self.event(
+            {
+                "kind": "start",
+                "start": self.start,
+                "step": step,
+                "total_steps": plan.total_steps,
+                "host": socket.gethostname(),
+            }
+        )
 
     def _report_damaged(self, path: Path, reason: str) -> None:
         """Say that a checkpoint was passed over."""

@@ -34,6 +34,7 @@ DRAWING = (
         (
             "cli",
             "api",
+            "bench",
             "doctor",
             "doctor_folder",
             "doctor_links",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "bench": "measure what this machine can do and what distbp reaches",
+    "compare": "say in what two runs differ: configuration, curves, results, bits",
     "config": "write, show and check configuration files",
     "doctor": "say what works on this machine, and how to cure what does not",
     "evaluate": "measure a trained model on a data set",
@@ -27,9 +29,12 @@ COMMANDS = {
     "generate": "write text with a trained language model",
     "inspect": "show what a checkpoint holds and whether it is whole",
     "lr-find": "find a learning rate that fits a data set and a model",
+    "ls": "list the runs below a directory",
     "predict": "apply a trained model to new data",
+    "report": "write a run on one page, report.html",
     "run": "run a script that uses the Python API on several workers",
     "train": "train a model on a data set",
+    "watch": "look at a run while it goes on, in a terminal or a browser",
 }
 """Name -> what it does.  The module `distbp.cli.<name>_command`, with _ for -, holds a `command`."""
 

@@ -35,10 +35,11 @@ def train_on_ranks(read_config: Callable[[], Config], *, dry_run: bool) -> int:
     assert isinstance(members, MPIMembership), "a launcher started this process"
     config = _agree_on_config(members, read_config)
     out = members.broadcast(str(Path(config.run.out or default_name(run_name(config))).absolute()))
-    packed, error, plan = None, None, None
+    packed, error, plan, validation = None, None, None, None
     try:
         if members.local_rank == 0:
             prepared = load_data(config)
+            validation = prepared.validation
             config = completed(config, prepared)
             trainer = build_trainer(config, prepared.preprocessing)
             options = fit_options(config, prepared.preprocessing, out)
@@ -52,7 +53,7 @@ def train_on_ranks(read_config: Callable[[], Config], *, dry_run: bool) -> int:
             describe_plan(config, "mpi", members.size, plan)
         return 0
     fit_job(*_share_job(members, packed))
-    return report(Path(out)) if members.rank == 0 else 0
+    return report(Path(out), validation) if members.rank == 0 else 0
 
 
 def _agree_on_config(members: MPIMembership, read_config: Callable[[], Config]) -> Config:

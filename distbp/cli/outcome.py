@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distbp.config import Config
+    from distbp.data import Dataset
 
 __all__ = ["describe_plan", "report"]
+
+_CONFUSION_S = 0.1
+"""Seconds that counting right and wrong answers may take at the end of a run."""
 
 
 def describe_plan(config: Config, backend: str, nproc: int, plan: Any) -> None:
@@ -27,21 +31,21 @@ def describe_plan(config: Config, backend: str, nproc: int, plan: Any) -> None:
     )
 
 
-def report(out: Path) -> int:
-    """Say how the run ended, where it lies, and what to do next."""
+def report(out: Path, validation: Dataset | None = None) -> int:
+    """Say how the run ended, where it lies, and what to do next; `validation` are its samples, if known."""
     from distbp.metrics.records import read_records
 
     result = json.loads((out / "result.json").read_text())
-    validation = result["validation"] or {}
+    figures = result["validation"] or {}
     parts = [f"{result['epochs']} epochs, {result['steps']} steps in {result['wall_seconds']:.1f} s"]
     if result["samples_per_second"]:
         parts.append(f"{result['samples_per_second']:,.0f} samples/s")
     if result["train_loss"] is not None:
         parts.append(f"training loss {result['train_loss']:.4f}")
-    if validation.get("loss") is not None:
-        parts.append(f"validation loss {validation['loss']:.4f}")
-    if validation.get("accuracy") is not None:
-        parts.append(f"validation accuracy {validation['accuracy']:.4f}")
+    if figures.get("loss") is not None:
+        parts.append(f"validation loss {figures['loss']:.4f}")
+    if figures.get("accuracy") is not None:
+        parts.append(f"validation accuracy {figures['accuracy']:.4f}")
     if result["restarts"]:
         parts.append(f"{result['restarts']} lost workers replaced")
     diagnosed = any(event.get("kind") == "diagnosis" for event in read_records(out / "events.jsonl"))
@@ -55,13 +59,29 @@ def report(out: Path) -> int:
     lines = (
         ", ".join(parts),
         f"run {shown}   parameters {result['parameters_sha256'][:16]}",
+        f"page {Path(shown) / 'report.html'}",
         f"next: {_next_command(out, shown)}",
     )
     try:
         print("\n".join(lines), flush=True)
     except OSError:  # Nobody reads it (a pipe that was closed): the run is done all the same.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _complete_page(out, validation)
     return int(result["exit_code"])
+
+
+def _complete_page(out: Path, validation: Dataset | None) -> None:
+    """Add to the report of the run which classes it takes for which; what goes wrong costs that part only."""
+    if validation is None:
+        return
+    try:
+        from distbp.cli.confusion import add_confusion
+        from distbp.metrics.report import write_report
+
+        if not add_confusion(out, validation, budget_s=_CONFUSION_S, hurry=True):
+            write_report(out)
+    except Exception as error:
+        print(f"distbp: W_REPORT_LOST no confusion matrix: {error}; the run is not harmed", file=sys.stderr)
 
 
 def _next_command(out: Path, shown: str) -> str:

@@ -66,7 +66,7 @@ def train_on_ray(config: Config, *, dry_run: bool) -> int:
             code = job.run()
         finally:
             run.close()
-    return report(Path(out)) if code == 0 else code
+    return report(Path(out), prepared.validation) if code == 0 else code
 
 
 def run_on_ray(

@@ -145,7 +145,7 @@ def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
         if backend == "serial":
             run.close()
             fit(config, prepared, out)
-            return report(Path(out))
+            return report(Path(out), prepared.validation)
         from distbp.backends.local import LocalJob
 
         packed = pack_job(config, prepared, out)
@@ -162,7 +162,7 @@ def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
         code = job.run()
     finally:
         run.close()
-    return report(Path(out)) if code == 0 else code
+    return report(Path(out), prepared.validation) if code == 0 else code
 
 
 def choose_workers(config: Config) -> tuple[str, int]:

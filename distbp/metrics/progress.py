@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.job import ENTROPY, EPOCH_CORRECT, EPOCH_LOSS, EPOCH_WEIGHT, LOSS, WEIGHT
+from distbp.metrics.words import duration
 from distbp.terminal import say
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from distbp.job import Job
     from distbp.metrics.records import Records
 
-__all__ = ["Progress", "duration"]
+__all__ = ["Progress"]
 
 RECORD_EVERY_S = 0.2
 LINE_EVERY_S = 10.0
@@ -52,10 +53,7 @@ class Progress:
         if self._text:
             self.say(self._text)
             self._text = ""
-        self._since = time.perf_counter()
-        self._steps = 0
-        self._sums[:] = 0
-        self._phases[:] = 0
+        self.begin_interval(time.perf_counter())
 
     def step(self, step: int, tail: NDArray[np.float64], times: list[float], records: Records) -> None:
         """Count a step; write a record if the last one is old enough, or if it is the first."""
@@ -124,6 +122,8 @@ class Progress:
                 name: round(float(total) / steps * 1e3, 4)
                 for name, total in zip(names, self._phases, strict=True)
             },
+            # Processor time of this worker: less than the sum of the phases where others ran on its core.
+            "cpu_ms": round((time.process_time() - self._cpu_since) / steps * 1e3, 4),
         }
         records.metric(record)
         self.begin_interval(now)
@@ -136,6 +136,7 @@ class Progress:
     def begin_interval(self, now: float) -> None:
         """Start the sums of the next record."""
         self._since = now
+        self._cpu_since = time.process_time()
         self._steps = 0
         self._sums[:] = 0
         self._phases[:] = 0
@@ -177,13 +178,3 @@ def _new_bar() -> Any:
 
     columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
     return Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as people say it: '8 s', '3 min 20 s', '2 h 5 min'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -183,6 +183,8 @@ class TensorBoard:
 
     def __init__(self, out: Path) -> None:
         folder = out / "tensorboard"
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link, which may lead anywhere; remove it", str(folder))
         folder.mkdir(mode=0o700, exist_ok=True)
         # Readers take the files of a folder in the order of their names: a clock that was set back since the
         # last start must not put this one before it.

@@ -245,12 +245,20 @@ def test_a_sink_that_raises_is_left_alone(tmp_path, monkeypatch, capfd):
 
 
 def test_a_sink_that_cannot_be_made_is_left_out(tmp_path, capfd):
-    """A file where the folder should be costs TensorBoard, with its reason, and nothing else."""
-    (tmp_path / "tensorboard").write_text("")
-    records = Records(tmp_path, ("tensorboard",))
-    records.metric(TRAIN)
-    assert "W_SINK_LOST tensorboard" in capfd.readouterr().err
-    assert len(read_records(tmp_path / "metrics.jsonl")) == 1
+    """A file, or a link to elsewhere, where the folder should be costs TensorBoard and nothing else."""
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("file", "link"):
+        out = tmp_path / name
+        out.mkdir()
+        if name == "file":
+            (out / "tensorboard").write_text("")
+        else:
+            (out / "tensorboard").symlink_to(tmp_path / "elsewhere")
+        records = Records(out, ("tensorboard",))
+        records.metric(TRAIN)
+        assert "W_SINK_LOST tensorboard" in capfd.readouterr().err
+        assert len(read_records(out / "metrics.jsonl")) == 1
+    assert os.listdir(tmp_path / "elsewhere") == []
 
 
 def test_a_name_that_is_no_sink_is_refused():
