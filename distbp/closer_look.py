@@ -115,7 +115,7 @@ class CloserLook:
 
         `gradient_sums` are those of all blocks of a gradient that was accepted, empty if it was not.
         """
-        # A list: arrays of eight numbers take several times as long, and a step has few microseconds for this.
+        # A list: arrays of eight numbers take several times as long, and a step has few microseconds for it.
         job, watched = self._job, self._arena.watched(step).tolist()
         if epoch_ends_at(step, len(job.train), job.batch_size):
             watched[_EPOCH_ENTROPY] = watched[_EPOCH_ANSWERS] = 0.0
