@@ -33,6 +33,7 @@ COMMANDS = {
     "predict": "apply a trained model to new data",
     "report": "write a run on one page, report.html",
     "run": "run a script that uses the Python API on several workers",
+    "simulate": "predict the time of a step on many hosts",
     "train": "train a model on a data set",
     "watch": "look at a run while it goes on, in a terminal or a browser",
 }
