@@ -24,7 +24,7 @@ PYTEST_WORKERS ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test check chaos faults lint types format install clean mpi-environments ray-environment cluster-up cluster-down
+.PHONY: help train test check chaos faults bench lint types format install clean mpi-environments ray-environment cluster-up cluster-down
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,12 @@ chaos: $(TESTABLE)  ## kill, stop, cut, fill and flip at random, as in: make cha
 
 faults: $(TESTABLE)  ## the long form of every fault of docs/FAULTS.md, with figures; takes hours
 	$(BIN)/python -m tests.fault_table --long
+
+TORCH ?=
+BENCH_ARGS ?=
+
+bench: $(TESTABLE)  ## measure, and write docs/BENCHMARKS.md: make bench TORCH=/tmp/venv-torch/bin/python
+	$(BIN)/python -m benchmarks.report $(if $(TORCH),--torch $(TORCH)) $(BENCH_ARGS)
 
 clean:  ## remove .venv, caches and build products; runs stay
 	rm -rf $(VENV) .venv-mpich .venv-openmpi .venv-ray build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

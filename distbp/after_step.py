@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -16,10 +17,14 @@ from numpy.typing import NDArray
 
 from distbp import checkpoint, state
 from distbp.backends.base import Seat, host_ranks
+from distbp.closer_look import watched_in_epoch, watched_noise_scale
+from distbp.diagnostician import Diagnostician
 from distbp.errors import DistbpError
-from distbp.evaluation import num_batches, summary, write_row
+from distbp.evaluation import COLUMNS, num_batches, summary, write_row
 from distbp.fault_points import FaultPoints
 from distbp.job import EVALUATE, SAMPLES, SAVING, SCALARS, SKIPPED, Job, epoch_ends_at, epoch_of
+from distbp.metrics.diagnosis import Finding, batch_advice
+from distbp.metrics.ledger import Ledger
 from distbp.metrics.progress import Progress
 from distbp.metrics.records import Records
 from distbp.metrics.stragglers import WINDOW, Stragglers
@@ -58,6 +63,9 @@ class AfterStep:
         if seat.rank == 0:
             self.records = Records(seat.admission.out, job.records)
             self.progress = Progress(job, seat)
+            hosts = range(len(seat.host_sizes))
+            self._diagnostician = Diagnostician(job, seat.admission.out) if job.diagnose else None
+            self._ledger = Ledger([host for host in hosts for _ in host_ranks(seat.host_sizes, host)])
             self.saver = Saver(
                 seat.admission.out / "checkpoints",
                 keep=job.keep,
@@ -81,17 +89,14 @@ class AfterStep:
 
     def watch_stragglers(self, step: int, transport: Transport | None) -> None:
         """Note how long workers computed in this step; called by the first worker of every host."""
-        if self.seat.size == 1:
-            return
         self._stragglers.add(self.arena.computed())
         if step % WINDOW != WINDOW - 1:
             return
-        medians = self._stragglers.take_medians()
-        if transport is not None:
-            everybody = [np.empty(size) for size in self.seat.host_sizes]
-            transport.allgather(medians, everybody)
-            medians = np.concatenate(everybody)
+        medians = self.keep_ledger(transport)
         if self.seat.rank == 0:
+            record = self._ledger.record(time.monotonic())
+            if record is not None:
+                self.records.metric({"kind": "workers"} | self.progress.position(step + 1) | record)
             for found in self._stragglers.judge(medians):
                 self.progress.say(
                     f"distbp: W_STRAGGLER rank={found.rank} compute_ms={found.seconds * 1e3:.1f} "
@@ -99,6 +104,59 @@ class AfterStep:
                     "every step; look at what else runs on its host, and at its processor limit"
                 )
                 self.seat.report({"kind": "straggler", "step": step + 1} | asdict(found))
+
+    def keep_ledger(self, transport: Transport | None) -> NDArray[np.float64]:
+        """Swap what workers spent since the last time; return everybody's medians, which rank 0 has noted."""
+        steps = self._stragglers.steps
+        spent_here = np.array(self.arena.spent())
+        medians = self._stragglers.take_medians() if steps else np.zeros(len(spent_here))
+        mine = np.column_stack([medians, spent_here])
+        if transport is not None:
+            everybody = [np.empty((size, 3)) for size in self.seat.host_sizes]
+            transport.allgather(mine, everybody)
+            mine = np.concatenate(everybody)
+        medians, *spent = mine.T
+        if self.seat.rank == 0:
+            self._ledger.add(medians, np.array(spent), steps)
+        everybodys: NDArray[np.float64] = medians
+        return everybodys
+
+    def begin(self, step: int) -> None:
+        """Begin an attempt after `step` steps; records behind it will be made again (rank 0)."""
+        self.records.cut(step, self.arena.done)
+        self.progress.begin(step)
+        if self._diagnostician is not None:
+            self._diagnostician.begin(step)
+
+    def observe(
+        self, step: int, tail: NDArray[np.float64], layers: dict[str, Any] | None, *, accepted: bool
+    ) -> None:
+        """Note what was seen of a step, `layers` if it was looked at closely (rank 0)."""
+        diagnostician = self._diagnostician
+        findings = [] if diagnostician is None else diagnostician.step(step, tail, accepted=accepted)
+        if layers is not None:
+            record = {"kind": "layers"} | self.progress.position(step) | layers
+            self.records.metric(record)
+            if diagnostician is not None and accepted:
+                diagnostician.history.read([record])
+                findings += diagnostician.judge()
+        self._say(findings)
+
+    def _record_epoch(self, records: list[dict[str, Any]]) -> None:
+        """Write the records of an epoch's end, and ask what they tell."""
+        for record in records:
+            self.records.metric(record)
+        if self._diagnostician is not None:
+            self._diagnostician.history.read(records)
+            self._say(self._diagnostician.judge())
+
+    def _say(self, findings: list[Finding]) -> None:
+        """Print diagnoses, and report them to whoever keeps the job."""
+        for found in findings:
+            self.progress.say(
+                f"distbp: W_DIAGNOSIS {found.name} step={found.step}: {found.message}. Cure: {found.remedy}"
+            )
+            self.seat.report({"kind": "diagnosis"} | asdict(found))
 
     def finish(self, step: int, *, save: bool, stop: bool, transport: Transport | None) -> None:
         """Evaluate, record and save what is due at `step`, or asked for; then say that it is done."""
@@ -115,7 +173,8 @@ class AfterStep:
         accepted = True
         if self.seat.rank == 0:
             if ends_epoch:
-                self.progress.epoch(step, arena.scalars(step), validation, self.records)
+                watched = watched_in_epoch(arena.watched(step), job.network.loss.kind)
+                self._record_epoch(self.progress.epoch(step, arena.scalars(step), watched, validation))
             if saves:
                 accepted = self._save(step)
                 if accepted and (stop or step >= job.total_steps):
@@ -146,6 +205,9 @@ class AfterStep:
         history = self.records.history()
         validation = next((e for e in reversed(history) if e["kind"] == "validation"), None)
         median = statistics.median(durations) if durations else None
+        rate = job.batch_size / median if median else None
+        noise_scale = watched_noise_scale(self.arena.watched(step))
+        flops = 6 * job.network.multiply_adds
         tensors = state.named_tensors(self.arena, job, step)
         model = [array for name, array in tensors.items() if name.startswith(("parameters/", "statistics/"))]
         return {
@@ -158,9 +220,16 @@ class AfterStep:
             "parameters_sha256": checkpoint.parameters_sha256(model),
             "state_sha256": checkpoint.state_sha256(tensors),
             "train_loss": next((e["loss"] for e in reversed(history) if e["kind"] == "train"), None),
-            "validation": validation and {key: validation[key] for key in ("loss", "accuracy")},
-            "samples_per_second": job.batch_size / median if median else None,
+            "validation": validation
+            and {key: validation.get(key) for key in ("loss", "accuracy", "entropy")},
+            "samples_per_second": rate,
             "step_ms_median": median * 1e3 if median else None,
+            "step_ms_quartiles": _quartiles(durations),
+            "flops_per_sample": flops,
+            "gflops_per_second": rate * flops / 1e9 if rate else None,
+            "noise_scale": noise_scale,
+            "batch_advice": batch_advice(noise_scale, job.batch_size),
+            "workers": self._ledger.accounts(),
             "skipped_steps": int(scalars[SKIPPED]),
             "world_size": self.seat.size,
             "hosts": len(self.seat.host_sizes),
@@ -212,7 +281,7 @@ class AfterStep:
             self._gather_rows(transport, count)
         arena.barrier.wait()
         loss = job.network.loss
-        return summary(tree_total(rows[:count, :3]), loss.answers * len(job.validation), loss.kind)
+        return summary(tree_total(rows[:count, :COLUMNS]), loss.answers * len(job.validation), loss.kind)
 
     def _gather_rows(self, transport: Transport, count: int) -> None:
         """Swap the rows of this host for those of the others."""
@@ -234,9 +303,10 @@ class AfterStep:
     def _save(self, step: int) -> bool:
         """Begin to write the state of this step; return False if the copy is not what was computed."""
         world = {"world_size": self.seat.size, "hosts": len(self.seat.host_sizes)}
+        watched = self.arena.watched(step).tolist()
         tensors = state.named_tensors(self.arena, self.job, step)
         self._waiting()
-        metadata = self.job.metadata | {"world": world}
+        metadata = self.job.metadata | {"world": world, "watched": watched}
         saved = self.saver.save(
             step, tensors, metadata, self._waiting, lambda copies: self.check.accepts(step, copies)
         )
@@ -248,3 +318,14 @@ class AfterStep:
         self.arena.progress(SAVING)
         if self._transport is not None:
             self._hear(self._transport, ready=False)
+
+
+def _quartiles(durations: list[float]) -> list[float] | None:
+    """Return least, lower quartile, median and upper quartile in ms, without the first steps.
+
+    Those touch memory for the first time: a quarter of the steps, but at most 20, do not count.
+    """
+    steady = durations[min(20, len(durations) // 4) :]
+    if len(steady) < 2:
+        return None
+    return [round(1e3 * seconds, 4) for seconds in (min(steady), *statistics.quantiles(steady))]

@@ -4,7 +4,7 @@ Theory of operation
 -------------------
 The workers of one host map one anonymous file (memfd).  State exists once per host, not once per worker:
 
-    control words | a line for each worker | sums, tails, evaluation rows | 2 generations | slots
+    control words | a line for each worker | sums, looks, tails, evaluation rows | 2 generations | slots
 
 * **Generations.**  The state after c steps (c is "the committed step") lies in generation `c & 1`.  Step c
   reads it and writes generation `(c + 1) & 1`, each lane by its owner.  Whoever dies, at whatever instant,
@@ -58,7 +58,7 @@ from distbp.barrier import (
 from distbp.errors import EnvironmentMismatch, WorkerLost
 from distbp.partition import round_up
 
-__all__ = ["EMPTY", "RELOAD", "Arena", "ArenaLayout", "Parked"]
+__all__ = ["EMPTY", "RELOAD", "WATCHED", "Arena", "ArenaLayout", "Parked"]
 
 Array = NDArray[Any]
 
@@ -72,13 +72,18 @@ _PAGE = 4096
 _EVALUATION_COLUMNS = 8
 """A row of sums is a cache line."""
 
+WATCHED = 8
+"""Numbers beside the state that only records and diagnoses read, in two generations (`closer_look.py`)."""
+
 _DIGEST_BYTES = 32
 _COMMITTED, _DONE, _STOP, _SOURCE, _SAVED, _BUCKET, _CHECKED = range(8, 15)
 """Places of the 64-bit control words, behind the 32-bit words that the barrier uses; `_CHECKED` are two."""
 
 _LINE_BYTES = 4 * LINE_WORDS
 _LINE_PROGRESS = PROGRESS_WORD // 2
-_LINE_PHASE, _LINE_BAD, _LINE_READY, _LINE_COMPUTE = range(_LINE_PROGRESS + 1, _LINE_PROGRESS + 5)
+_LINE_PHASE, _LINE_BAD, _LINE_READY, _LINE_COMPUTE, _LINE_COMPUTED, _LINE_WAITED = range(
+    _LINE_PROGRESS + 1, _LINE_PROGRESS + 7
+)
 """Places of the 64-bit words in a worker's line; the first 16 bytes of it belong to the barrier."""
 _LINE_DIGEST = 128
 _LINE_NOTE = 24
@@ -119,12 +124,14 @@ class ArenaLayout:
             position = round_up(position + size, 64 if size < _PAGE else _PAGE)
 
         add("sums", "f8", self.sums)
+        add("looks", "f8", 2, self.sums)
         add("evaluation", "f8", self.evaluation_rows, _EVALUATION_COLUMNS)
         for worker, count in enumerate(self.blocks):
             add(f"tails/{worker}", "f8", count, self.tail)
         for generation in (0, 1):
             add(f"scalars/{generation}", "f8", self.scalars)
             add(f"checks/{generation}", "u8", len(self.vectors) + 1, self.sums)
+            add(f"watched/{generation}", "f8", WATCHED)
         position = round_up(position, _PAGE)
         for generation in (0, 1):
             for name in self.vectors:
@@ -162,6 +169,7 @@ class Arena:
             for name, (offset, dtype, shape) in places.items()
         }
         self.sums: NDArray[np.float64] = arrays["sums"]
+        self.looks: NDArray[np.float64] = arrays["looks"]
         self.evaluation: NDArray[np.float64] = arrays["evaluation"]
         self.tails = [list(arrays[f"tails/{worker}"]) for worker in range(layout.workers)]
         self.slots = [
@@ -170,6 +178,7 @@ class Arena:
         ]
         self._scalars = [arrays[f"scalars/{generation}"] for generation in (0, 1)]
         self._checks = [arrays[f"checks/{generation}"] for generation in (0, 1)]
+        self._watched = [arrays[f"watched/{generation}"] for generation in (0, 1)]
         self._vectors = [
             {name: arrays[f"{name}/{generation}"] for name in layout.vectors} for generation in (0, 1)
         ]
@@ -216,6 +225,10 @@ class Arena:
     def scalars(self, step: int) -> NDArray[np.float64]:
         """Return the scalar state of that generation."""
         return self._scalars[step & 1]
+
+    def watched(self, step: int) -> NDArray[np.float64]:
+        """Return the numbers that were watched up to `step`: no part of the state, and in no hash of it."""
+        return self._watched[step & 1]
 
     def checks(self, step: int) -> NDArray[np.uint64]:
         """Return the checksums of that generation: a row of blocks for each vector, one for the scalars."""
@@ -302,11 +315,23 @@ class Arena:
     def note_compute(self, seconds: float) -> None:
         """Say for how long this worker has computed in this step."""
         assert self.rank is not None, "the keeper computes nothing"
-        self._longs[self._line(self.rank) + _LINE_COMPUTE] = int(seconds * 1e9)
+        line, nanoseconds = self._line(self.rank), int(seconds * 1e9)
+        self._longs[line + _LINE_COMPUTE] = nanoseconds
+        self._longs[line + _LINE_COMPUTED] += nanoseconds
+
+    def note_wait(self, seconds: float) -> None:
+        """Say for how long this worker has waited for the others of its host in this step."""
+        assert self.rank is not None, "the keeper waits for nobody"
+        self._longs[self._line(self.rank) + _LINE_WAITED] += int(seconds * 1e9)
 
     def computed(self) -> list[float]:
         """Return for how many seconds each worker of the host computed, as it last said."""
         return [self._longs[self._line(w) + _LINE_COMPUTE] * 1e-9 for w in range(self.layout.workers)]
+
+    def spent(self) -> list[tuple[float, float]]:
+        """Return the seconds that each worker of the host has computed and waited in all steps so far."""
+        lines = [self._line(worker) for worker in range(self.layout.workers)]
+        return [(self._longs[n + _LINE_COMPUTED] * 1e-9, self._longs[n + _LINE_WAITED] * 1e-9) for n in lines]
 
     def mark_ready(self, step: int, buckets: int) -> None:
         """Say that this worker has finished the gradients of the first `buckets` buckets of `step`."""
@@ -399,7 +424,8 @@ class Arena:
             os.close(self.descriptor)
             self.descriptor = -1
         self.slots, self.tails, self._scalars, self._vectors, self._checks = [], [], [], [], []
-        self.sums = self.evaluation = np.empty(0)
+        self._watched = []
+        self.sums = self.evaluation = self.looks = np.empty(0)
         self._words.release()
         self._longs.release()
         with contextlib.suppress(BufferError):

@@ -18,10 +18,13 @@ from distbp.data import Dataset
 from distbp.nn import Context, Network
 from distbp.reduce import tree_total
 
-__all__ = ["EVALUATION_BATCH", "evaluate", "num_batches", "predict", "summary"]
+__all__ = ["COLUMNS", "EVALUATION_BATCH", "evaluate", "num_batches", "predict", "summary"]
 
 EVALUATION_BATCH = 128
 """Samples in one batch of evaluation.  Part of what decides about the bits of a reported loss."""
+
+COLUMNS = 4
+"""Sums of a batch: loss, weight, correct answers, entropy."""
 
 Array = NDArray[Any]
 
@@ -41,14 +44,14 @@ def batch_of(dataset: Dataset, index: int) -> tuple[Array, Array, NDArray[np.flo
 
 
 def write_row(network: Network, dataset: Dataset, index: int, row: NDArray[np.float64]) -> None:
-    """Evaluate batch `index` and write its sums of loss, weight and correct answers into `row[:3]`."""
+    """Evaluate batch `index` and write its sums, those of COLUMNS, into `row[:4]`."""
     sums = network.evaluate(*batch_of(dataset, index))
-    row[0], row[1], row[2] = sums.loss[0], sums.weight[0], sums.correct[0]
+    row[0], row[1], row[2], row[3] = sums.loss[0], sums.weight[0], sums.correct[0], sums.entropy[0]
 
 
 def evaluate(network: Network, dataset: Dataset) -> dict[str, float | None]:
-    """Return `{"loss", "accuracy"}` over the whole data set; the accuracy of a regression is None."""
-    rows = np.zeros((num_batches(dataset), 3))
+    """Return `{"loss", "accuracy", "entropy"}` over the whole data set; a regression has a loss alone."""
+    rows = np.zeros((num_batches(dataset), COLUMNS))
     for index, row in enumerate(rows):
         write_row(network, dataset, index, row)
     return summary(tree_total(rows), network.loss.answers * len(dataset), network.loss.kind)
@@ -62,8 +65,10 @@ def predict(network: Network, dataset: Dataset) -> Iterator[Array]:
 
 
 def summary(total: NDArray[np.float64], answers: int, kind: str) -> dict[str, float | None]:
-    """Turn the sums of an evaluation into means: loss by weight, accuracy by number of answers."""
+    """Turn the sums of an evaluation into means: loss by weight, the others by number of answers."""
+    classes = kind == "classification"
     return {
         "loss": float(total[0] / total[1]) if total[1] else float("nan"),
-        "accuracy": float(total[2] / answers) if kind == "classification" else None,
+        "accuracy": float(total[2] / answers) if classes else None,
+        "entropy": float(total[3] / answers) if classes else None,
     }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCALARS", "TAIL", "Job", "epoch_ends_at", "epoch_of"]
 
-LOSS, WEIGHT, CORRECT, STOP, SAVE = range(5)
+LOSS, WEIGHT, CORRECT, STOP, SAVE, ENTROPY, SQUARES = range(7)
 TAIL = 8
 """Columns of the float64 tail that rides with the gradient; eight fill a cache line.  Behind them come the
 statistics of the network."""
@@ -64,6 +64,8 @@ class Job:
     """Whether the exchange between hosts begins while backprop goes on."""
     bucket_bytes: int | None = None
     """Least size of a bucket of that exchange; None: measured at the start."""
+    diagnose: bool = True
+    """Whether the history of the run is judged while it goes on."""
     records: tuple[str, ...] = ()
     """Where records go besides `metrics.jsonl` (`metrics/sinks.py`)."""
     banner: Callable[[Job, Seat], str] = lambda job, seat: ""

@@ -71,6 +71,12 @@ class Lane:
             gradient = self._arena.slots[0][0][part.elements]
             norm.measure(gradient, part.ranges, self._sums[0, part.blocks])
 
+    @property
+    def gradient_sums(self) -> NDArray[np.float64]:
+        """The sums of squares of the summed gradient, of all blocks of all lanes; whole after the barrier."""
+        sums: NDArray[np.float64] = self._sums[0]
+        return sums
+
     def is_finite(self) -> bool:
         """Return whether the gradient is finite; everybody reaches the same verdict."""
         return norm.is_finite(self._sums[0])

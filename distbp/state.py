@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp import checkpoint
-from distbp.arena import EMPTY, RELOAD, Arena
+from distbp.arena import EMPTY, RELOAD, WATCHED, Arena
 from distbp.backends.base import Admission
 from distbp.errors import StateCorrupted
 from distbp.job import SCALARS, Job
@@ -50,6 +50,7 @@ def begin(arena: Arena, job: Job, admission: Admission) -> None:
     else:
         for name, tensor in named_tensors(arena, job, step).items():
             np.copyto(tensor, snapshot.tensors[name], casting="no")
+    arena.watched(step)[:] = _watched_of(snapshot)
     cover_state(arena, job.network.layout, step, job.verify_every)
     arena.done = step
     arena.committed = step
@@ -67,7 +68,12 @@ def share(arena: Arena, job: Job, admission: Admission, transport: Transport) ->
     step = words[root][0]
     if len(holding) < len(words):
         takes_part = arena.committed == EMPTY or transport.rank == root
-        arrays: list[Array] = [*arena.vectors(step).values(), arena.scalars(step), arena.checks(step)]
+        arrays: list[Array] = [
+            *arena.vectors(step).values(),
+            arena.scalars(step),
+            arena.checks(step),
+            arena.watched(step),
+        ]
         for array in arrays:
             transport.broadcast(array if takes_part else array.copy(), root)
     # Hosts that check different things would wait for each other.
@@ -92,6 +98,13 @@ def named_tensors(arena: Arena, job: Job, step: int) -> dict[str, Array]:
         for name, view in zip(watched.names, watched.views(scalars[SCALARS:]), strict=True)
     }
     return tensors | {"scalars": scalars[:SCALARS]}
+
+
+def _watched_of(snapshot: checkpoint.Snapshot | None) -> NDArray[np.float64]:
+    """Return the watched numbers beside a checkpoint; zeros where there are none, as in older ones."""
+    held = None if snapshot is None else snapshot.metadata.get("watched")
+    numbers = isinstance(held, list) and len(held) == WATCHED and all(type(n) in (int, float) for n in held)
+    return np.array(held, np.float64) if numbers else np.zeros(WATCHED)
 
 
 def _newest(admission: Admission) -> Path:

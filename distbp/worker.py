@@ -33,6 +33,7 @@ from distbp import state
 from distbp.after_step import AfterStep
 from distbp.arena import EMPTY, RELOAD, Parked
 from distbp.backends.base import Seat, host_ranks
+from distbp.closer_look import CloserLook
 from distbp.data import ReadAhead
 from distbp.divergence import diverged
 from distbp.errors import TransportError
@@ -94,6 +95,7 @@ class Worker:
         self._starts: list[int] = []
         self._exchange: BucketExchange | None = None
         self._faults = FaultPoints(seat.rank)
+        self._look = CloserLook(self.arena, job, self.first, self.last)
         self._build_gradient_path()
         self._build_batches()
         self.check = StateCheck(seat, job.network.layout, job.verify_every)
@@ -152,6 +154,8 @@ class Worker:
         """Add up one tensor; when it was the last one of a bucket, say so to the lane owners."""
         self.arena.count_unit()
         self._faults.reach(self.step, "backward")
+        if self._look.on:
+            leaf = self._look.measured(leaf)
         self._gradient.collect(parameter.offset, parameter.shape, leaf)
         if self._buckets_done < len(self._starts) and parameter.offset == self._starts[self._buckets_done]:
             self._buckets_done += 1
@@ -229,8 +233,7 @@ class Worker:
         if self.seat.rank == 0:
             if arena.source == RELOAD:
                 self._report_reload()
-            self.after.records.cut(self.step, self.arena.done)
-            self.after.progress.begin(self.step)
+            self.after.begin(self.step)
 
     def _report_reload(self) -> None:
         """Say from which step the run goes on after its state was given up."""
@@ -251,6 +254,8 @@ class Worker:
                 save = bool(self._flags[1])
                 self.after.finish(self.step, save=save, stop=stop, transport=self._transport)
             if stop or self.step >= job.total_steps:
+                if self.seat.local_rank == 0:
+                    self.after.keep_ledger(self._transport)
                 self._result = (
                     self.after.result(self.step, stop, self.durations) if self.seat.rank == 0 else {}
                 )
@@ -287,16 +292,20 @@ class Worker:
         times.append(time.perf_counter())
         arena.progress(REDUCE)
         self._reduce()
+        waiting_since = time.perf_counter()
         barrier.wait()
         times.append(time.perf_counter())
+        waited = times[2] - times[1] + times[3] - waiting_since
         arena.progress(UPDATE)
         tail = arena.tails[0][0].copy()
         accepted = self._update(tail)
+        waiting_since = time.perf_counter()
         barrier.wait()
+        arena.note_wait(waited + time.perf_counter() - waiting_since)
         self.check.conclude()
         self._refuse_divergence(accepted)
         times.append(time.perf_counter())
-        self._commit(tail, times)
+        self._commit(tail, times, accepted=accepted)
         self._flags[:] = tail[STOP], tail[SAVE]
         self.step += 1
 
@@ -304,6 +313,7 @@ class Worker:
         """Run this worker's micro-batches; gradients and sums end in its slot."""
         job, step, rows = self.job, self.step, self._tail_rows
         self._buckets_done = 0
+        self._look.begin(step)
         if self._exchange is not None:
             self._exchange.begin(step)
         count = self.last - self.first
@@ -323,6 +333,7 @@ class Worker:
             Context(True, job.seed, step, self.first),
         )
         rows[:, LOSS], rows[:, WEIGHT], rows[:, CORRECT] = sums.loss, sums.weight, sums.correct
+        self._look.write_tail(rows, sums)
         job.network.write_statistics(rows[:, TAIL:])
         rows[0, STOP] = self.arena.stop_requested
         if self.seat.rank == 0:
@@ -363,6 +374,8 @@ class Worker:
             else:
                 self._lane.copy(part, step)
             self.check.follow(part)
+        if accepted and self._look.on:
+            self._look.measure_change(step, self._pieces)
         if self.seat.local_rank == 0:
             self._update_scalars(tail, accepted)
             self.check.follow_scalars()
@@ -392,8 +405,9 @@ class Worker:
             job.network.move_statistics(following[SCALARS:], tail[TAIL:] / job.micro_batches)
         else:
             following[[SKIPPED_IN_ROW, SKIPPED]] += 1
+        self._look.follow(step, tail, self._lane.gradient_sums if accepted else ())
 
-    def _commit(self, tail: NDArray[np.float64], times: list[float]) -> None:
+    def _commit(self, tail: NDArray[np.float64], times: list[float], *, accepted: bool) -> None:
         """Write the records of the step, then store the committed-step word, the last thing of all."""
         job, step = self.job, self.step
         self._faults.reach(step, "commit")
@@ -402,6 +416,8 @@ class Worker:
                 indices = job.order.indices(step * job.batch_size, job.batch_size)
                 self.after.records.samples(step, indices.tolist())
             self.after.progress.step(step + 1, tail, times, self.after.records)
+            layers = self._look.layers(tail, accepted) if self._look.on else None
+            self.after.observe(step + 1, tail, layers, accepted=accepted)
         if self.seat.local_rank == 0:
             self.check.commit()
             self.arena.committed = step + 1

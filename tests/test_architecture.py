@@ -34,6 +34,7 @@ DRAWING = (
         (
             "cli",
             "api",
+            "bench",
             "doctor",
             "doctor_folder",
             "doctor_links",
@@ -53,7 +54,18 @@ DRAWING = (
     ),
     (
         "before and after a step",
-        ("state", "after_step", "planning", "exchange", "divergence", "lane", "trial", "verify"),
+        (
+            "state",
+            "after_step",
+            "closer_look",
+            "diagnostician",
+            "planning",
+            "exchange",
+            "divergence",
+            "lane",
+            "trial",
+            "verify",
+        ),
     ),
     (
         "what those share",

@@ -152,7 +152,7 @@ def test_places_are_aligned_and_disjoint(size, vectors, blocks, sums, rows, tail
     """Every array starts on a cache line of its own, behind the lines of all workers, and inside the file."""
     names = tuple(f"vector{index}" for index in range(vectors))
     places, total = ArenaLayout(size, names, tuple(blocks), sums, rows, tail, 8).places()
-    assert len(places) == 2 + len(blocks) + 4 + 2 * vectors + sum(blocks)
+    assert len(places) == 3 + len(blocks) + 6 + 2 * vectors + sum(blocks)
     position = 4 * (FIRST_LINE_WORD + LINE_WORDS * len(blocks))
     for offset, dtype, shape in sorted(places.values()):
         assert offset % 64 == 0

@@ -17,6 +17,7 @@ This file holds no logic of a backend's own: the shapes that cross the border, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,24 +105,24 @@ class Seat:
     patience_s: float | None = None
     replaces_lost: bool = True
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Return the number of workers."""
         return sum(self.host_sizes)
 
-    @property
+    @functools.cached_property
     def host(self) -> int:
         """Return the number of this worker's host."""
         return next(
             host for host in range(len(self.host_sizes)) if self.rank in host_ranks(self.host_sizes, host)
         )
 
-    @property
+    @functools.cached_property
     def local_rank(self) -> int:
         """Return this worker's number on its host."""
         return self.rank - host_ranks(self.host_sizes, self.host).start
 
-    @property
+    @functools.cached_property
     def lanes(self) -> int:
         """Return the number of lanes: the workers of the smallest host."""
         return min(self.host_sizes)

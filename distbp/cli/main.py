@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "bench": "measure what this machine can do and what distbp reaches",
     "compare": "say in what two runs differ: configuration, curves, results, bits",
     "config": "write, show and check configuration files",
     "doctor": "say what works on this machine, and how to cure what does not",

@@ -33,6 +33,8 @@ def describe_plan(config: Config, backend: str, nproc: int, plan: Any) -> None:
 
 def report(out: Path, validation: Dataset | None = None) -> int:
     """Say how the run ended, where it lies, and what to do next; `validation` are its samples, if known."""
+    from distbp.metrics.records import read_records
+
     result = json.loads((out / "result.json").read_text())
     figures = result["validation"] or {}
     parts = [f"{result['epochs']} epochs, {result['steps']} steps in {result['wall_seconds']:.1f} s"]
@@ -46,7 +48,8 @@ def report(out: Path, validation: Dataset | None = None) -> int:
         parts.append(f"validation accuracy {figures['accuracy']:.4f}")
     if result["restarts"]:
         parts.append(f"{result['restarts']} lost workers replaced")
-    if _is_guessing(result):
+    diagnosed = any(event.get("kind") == "diagnosis" for event in read_records(out / "events.jsonl"))
+    if _is_guessing(result) and not diagnosed:
         print(
             "distbp: W_NOT_LEARNING the training loss is that of guessing; try a lower learning rate "
             "(-o optimizer.lr=0.01) or a larger --batch-size",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distbp.job import EPOCH_CORRECT, EPOCH_LOSS, EPOCH_WEIGHT, LOSS, WEIGHT
+from distbp.job import ENTROPY, EPOCH_CORRECT, EPOCH_LOSS, EPOCH_WEIGHT, LOSS, WEIGHT
 from distbp.metrics.words import duration
 from distbp.terminal import say
 
@@ -39,7 +39,8 @@ class Progress:
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._next_line = time.monotonic() + LINE_EVERY_S
         self._next_record = 0.0
-        self._sums = np.zeros(3)
+        self._sums = np.zeros(ENTROPY + 1)
+        self._classes = job.network.loss.kind == "classification"
         self._phases = np.zeros(4)
         self._steps = 0
         self._first = True
@@ -52,15 +53,12 @@ class Progress:
         if self._text:
             self.say(self._text)
             self._text = ""
-        self._since = time.perf_counter()
-        self._steps = 0
-        self._sums[:] = 0
-        self._phases[:] = 0
+        self.begin_interval(time.perf_counter())
 
     def step(self, step: int, tail: NDArray[np.float64], times: list[float], records: Records) -> None:
         """Count a step; write a record if the last one is old enough, or if it is the first."""
         self._steps += 1
-        self._sums += tail[:3]
+        self._sums += tail[: ENTROPY + 1]
         for phase in range(4):
             self._phases[phase] += times[phase + 1] - times[phase]
         if times[-1] >= self._next_record:
@@ -71,21 +69,22 @@ class Progress:
         self,
         step: int,
         scalars: NDArray[np.float64],
+        watched: dict[str, float | None],
         validation: dict[str, float | None] | None,
-        records: Records,
-    ) -> None:
-        """Record the end of an epoch: the mean training loss, and the validation if there is one."""
+    ) -> list[dict[str, Any]]:
+        """Return the records of an epoch that ended: training with what was `watched`, validation."""
         job = self._job
-        common = self._position(step) | {"epoch_end": True}
+        common = self.position(step) | {"epoch_end": True}
         weight = scalars[EPOCH_WEIGHT]
         train: dict[str, Any] = {"loss": float(scalars[EPOCH_LOSS] / weight) if weight else None}
-        if job.network.loss.kind == "classification":
+        if self._classes:
             seen = max(1.0, self._epoch_samples(step) * job.network.loss.answers)
             train["accuracy"] = float(scalars[EPOCH_CORRECT] / seen)
-        records.metric({"kind": "train"} | common | train)
-        if validation is not None:
-            records.metric({"kind": "validation"} | common | validation)
         self._draw(step, train["loss"])
+        records = [{"kind": "train"} | common | train | watched]
+        if validation is not None:
+            records.append({"kind": "validation"} | common | validation)
+        return records
 
     def close(self) -> None:
         """Leave the terminal as it was; idempotent."""
@@ -93,8 +92,8 @@ class Progress:
             self._bar.stop()
             self._bar = None
 
-    def _position(self, step: int) -> dict[str, Any]:
-        """Return the fields that every record has."""
+    def position(self, step: int) -> dict[str, Any]:
+        """Return the fields that every measurement has: step, epoch and samples."""
         samples = step * self._job.batch_size
         return {"step": step, "epoch": samples / len(self._job.train), "samples": samples}
 
@@ -111,15 +110,20 @@ class Progress:
         loss = float(self._sums[LOSS] / weight) if weight else None
         self._rate = steps * self._job.batch_size / max(now - self._since, 1e-9)
         names = ("compute", "wait", "reduce", "update")
-        record = {"kind": "train"} | self._position(step)
+        record = {"kind": "train"} | self.position(step)
+        record |= {"loss": loss if loss is None or np.isfinite(loss) else repr(loss)}
+        if self._classes:
+            answers = steps * self._job.batch_size * self._job.network.loss.answers
+            record["entropy"] = float(self._sums[ENTROPY] / answers)
         record |= {
-            "loss": loss if loss is None or np.isfinite(loss) else repr(loss),
             "lr": self._job.schedule(step - 1),
             "samples_per_second": self._rate,
             "step_ms": {
                 name: round(float(total) / steps * 1e3, 4)
                 for name, total in zip(names, self._phases, strict=True)
             },
+            # Processor time of this worker: less than the sum of the phases where others ran on its core.
+            "cpu_ms": round((time.process_time() - self._cpu_since) / steps * 1e3, 4),
         }
         records.metric(record)
         self.begin_interval(now)
@@ -132,6 +136,7 @@ class Progress:
     def begin_interval(self, now: float) -> None:
         """Start the sums of the next record."""
         self._since = now
+        self._cpu_since = time.process_time()
         self._steps = 0
         self._sums[:] = 0
         self._phases[:] = 0

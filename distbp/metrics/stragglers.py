@@ -53,8 +53,13 @@ class Stragglers:
         """Note how long the workers of this host computed in a step."""
         self._rows.append(seconds)
 
+    @property
+    def steps(self) -> int:
+        """How many steps were noted."""
+        return len(self._rows)
+
     def take_medians(self) -> Medians:
-        """Return the median of each worker of this host over the steps noted, and forget those."""
+        """Return the median of each worker of this host over the steps noted, at least one; forget those."""
         medians: Medians = np.median(np.array(self._rows), axis=0)
         self._rows = []
         return medians

@@ -22,6 +22,11 @@ __all__ = ["GELU", "LeakyReLU", "ReLU", "SiLU", "Sigmoid", "Softmax", "Tanh"]
 class ReLU(Layer):
     """y = max(x, 0)."""
 
+    @property
+    def outputs(self) -> Array:
+        """What the last forward pass returned, (G, b, *shape); only to be looked at."""
+        return self._y
+
     def build(self, input_shape: Shape) -> Shape:
         """Keep the shape."""
         return input_shape
@@ -71,6 +76,11 @@ class LeakyReLU(Layer):
 class Tanh(Layer):
     """y = tanh x."""
 
+    @property
+    def outputs(self) -> Array:
+        """What the last forward pass returned, (G, b, *shape); only to be looked at."""
+        return self._y
+
     def build(self, input_shape: Shape) -> Shape:
         """Keep the shape."""
         return input_shape
@@ -95,6 +105,11 @@ class Sigmoid(Layer):
     The tanh form never overflows and costs half; its absolute error is that of the dtype, but values below
     the dtype's epsilon come out as 0 (x < -17 in float32).
     """
+
+    @property
+    def outputs(self) -> Array:
+        """What the last forward pass returned, (G, b, *shape); only to be looked at."""
+        return self._y
 
     def build(self, input_shape: Shape) -> Shape:
         """Keep the shape."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -29,11 +29,17 @@ Kind: TypeAlias = Literal["classification", "regression"]
 
 @dataclass
 class Sums:
-    """For each micro-batch, summed over its samples: weighted losses, weights, correct answers; each (G,)."""
+    """For each micro-batch, summed over its samples, each (G,).
+
+    Weighted losses, weights, correct answers, and the predictive entropy -Σ_c p_c log p_c of the answers, in
+    nats and not weighted; 0 where the loss is no classification, or a probability is not a number.  A loss
+    that leaves it out has none.
+    """
 
     loss: NDArray[np.float64]
     weight: NDArray[np.float64]
     correct: NDArray[np.float64]
+    entropy: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
 
 
 class Loss(Buffered, ABC):
@@ -136,7 +142,10 @@ class SoftmaxCrossEntropy(Loss):
             loss += np.add.reduce(self._spread) * log_total - np.vecdot(shifted, self._spread)
         self._mask = mask
         correct = np.argmax(output, axis=-1) == target
-        return Sums(*(_sum_samples(values, mask) for values in (loss, weight, correct)))
+        # -Σ p log p with log p = shifted - log_total and Σ p = 1.
+        entropy = log_total - np.vecdot(softmax, shifted)
+        sums = [_sum_samples(values, mask) for values in (loss, weight, correct, entropy)]
+        return Sums(sums[0], sums[1], sums[2], _finite(sums[3]))
 
     def backward(self) -> Array:
         """Return ∂loss/∂z_c = (Σ_k q_k) softmax_c - q_c, with q_c = (1-ε) w_y [c = y] + ε/C w_c.
@@ -203,7 +212,16 @@ class BinaryCrossEntropy(Loss):
         correct = (
             (output.reshape(target.shape) > 0) == target if self._kind == "classification" else 0 * counted
         )
-        return Sums(*(_sum_samples(values, mask) for values in (loss, counted, correct)))
+        sums = [_sum_samples(values, mask) for values in (loss, counted, correct)]
+        return Sums(sums[0], sums[1], sums[2], self._entropy(output, sigmoid, mask))
+
+    def _entropy(self, output: Array, sigmoid: Array, mask: Array | None) -> NDArray[np.float64]:
+        """Return the entropy log(1 + exp(-|z|)) + |z| (1 - σ(|z|)) of yes and no, summed."""
+        if self._kind != "classification":
+            return np.zeros(len(output))
+        size = np.abs(output)
+        entropy = np.log1p(np.exp(-size)) + size * np.minimum(sigmoid, 1 - sigmoid)
+        return _finite(_sum_samples(entropy.reshape(output.shape[:2]), mask))
 
     def backward(self) -> Array:
         """Return ∂loss/∂z_o = (σ(z_o) - t_o) / O, because (log(1 + exp(z)))' = σ(z).  Once per forward."""
@@ -228,7 +246,7 @@ class MeanSquaredError(Loss):
         self._mask = mask
         rows = self._difference.reshape(G, b, -1)
         loss = np.vecdot(rows, rows) / rows.shape[2]
-        return Sums(_sum_samples(loss, mask), _sum_samples(np.ones((G, b)), mask), np.zeros(G))
+        return Sums(_sum_samples(loss, mask), _sum_samples(np.ones((G, b)), mask), np.zeros(G), np.zeros(G))
 
     def backward(self) -> Array:
         """Return ∂loss/∂y_o = 2/O (y_o - t_o).  Call it once per forward."""
@@ -268,7 +286,7 @@ class Huber(Loss):
         self._mask = mask
         rows = limited.reshape(G, b, -1)
         loss = np.vecdot(rows, difference.reshape(rows.shape)) / rows.shape[2]
-        return Sums(_sum_samples(loss, mask), _sum_samples(np.ones((G, b)), mask), np.zeros(G))
+        return Sums(_sum_samples(loss, mask), _sum_samples(np.ones((G, b)), mask), np.zeros(G), np.zeros(G))
 
     def backward(self) -> Array:
         """Return ∂loss/∂y_o = c/O with c = r limited to ±δ.  Call it once per forward."""
@@ -318,6 +336,11 @@ def _check_classes(target: Array, shape: Shape, num_classes: int) -> None:
 def _for_each_sample(values_Gb: Array, like: Array) -> Array:
     """Return (G, b) as (G, b, 1, ...) with as many axes as `like`."""
     return values_Gb.reshape(*values_Gb.shape, *[1] * (like.ndim - 2))
+
+
+def _finite(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `sums`, 0 where they are not finite: what is only watched must not decide about a step."""
+    return np.where(np.isfinite(sums), sums, 0.0)
 
 
 def _sum_samples(values: Array, mask_Gb: Array | None) -> NDArray[np.float64]:

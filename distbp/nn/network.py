@@ -20,8 +20,9 @@ from distbp.errors import ConfigError, DataError
 from distbp.nn.layer import Array, Context, Layer, Parameter, Shape, Sink, Statistic
 from distbp.nn.layout import Layout, arrange
 from distbp.nn.losses import Loss, Sums
+from distbp.nn.product import keeps_bits
 
-__all__ = ["Network"]
+__all__ = ["Network", "walk"]
 
 _EVALUATION = Context(training=False)
 
@@ -36,6 +37,7 @@ class Network:
     """
 
     def __init__(self, layer: Layer, input_shape: Shape, loss: Loss) -> None:
+        keeps_bits.cache_clear()  # BLAS may have another number of threads by now.
         _tell_places(layer)
         self.layer = layer
         self.loss = loss
@@ -50,7 +52,7 @@ class Network:
             parameter.offset = offset
         watched = [
             (f"{path}.{name}".lstrip("."), statistic)
-            for path, part in _walk(layer)
+            for path, part in walk(layer)
             for name, statistic in part.statistics()
         ]
         self.statistics: list[Statistic] = [statistic for _, statistic in watched]
@@ -130,17 +132,17 @@ class Network:
         return self.loss.forward(self.forward(x, _EVALUATION), y, mask)
 
 
-def _walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
+def walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
     """Yield every layer with its path, in the order of the parameters."""
     yield path, layer
     for name, child in layer.children():
-        yield from _walk(child, f"{path}.{name}".lstrip("."))
+        yield from walk(child, f"{path}.{name}".lstrip("."))
 
 
 def _tell_places(root: Layer) -> None:
     """Tell every layer its place; ConfigError if one object is met twice: it remembers one forward pass."""
     seen: dict[int, str] = {}
-    for path, layer in _walk(root):
+    for path, layer in walk(root):
         if id(layer) in seen:
             raise ConfigError(
                 f"expected a layer of its own in every place, got one {type(layer).__name__} object both as "

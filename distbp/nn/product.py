@@ -1,12 +1,14 @@
 """Matrix products of stacked rows: the one place that decides how they are computed.
 
-The bits of a row of a matrix product change with the number of rows of that product: BLAS picks its kernels
-and its blocking by shape.  So (G, b, I) is never flattened to (G*b, I).  `np.matmul` on the stack calls BLAS
-once per micro-batch with the very shape that a single micro-batch has, and so gives the same bits for any G.
-Rows inside a micro-batch may be joined: (G, b, T, I) is (G, b*T, I).
+The bits of a row of a matrix product may change with the number of rows of that product: BLAS picks its
+kernels and its blocking by shape.  What counts is the product of a single micro-batch.  `np.matmul` on the
+stack (G, b, I) calls BLAS once per micro-batch with that very shape, and so gives its bits for any G.  Rows
+inside a micro-batch may be joined: (G, b, T, I) is (G, b*T, I).
 
-Flattening would be up to 3 times faster for b = 16, and where a probe of these very shapes shows equal bits
-on every worker it would be allowed.  Whoever adds that probe adds it here; no layer calls `np.matmul`.
+One product of all G*b rows is up to 3 times as fast, because BLAS prepares the weights once.  It is taken
+where a probe shows that it has the same bits (`keeps_bits`), as with many shapes on processors with AVX-512
+and with hardly any on others.  Every process probes for itself: what it computes is the same in either case.
+No layer calls `np.matmul`.
 
 Columns of convolutions (columns.py) go the other way: one sample has thousands of rows, and a product is cut
 into equal stacks of rows where that makes each small enough for the kernels that BLAS has for small
@@ -16,6 +18,8 @@ the shapes of one sample alone.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from distbp.nn.layer import Array
@@ -23,6 +27,7 @@ from distbp.nn.layer import Array
 __all__ = [
     "columns_times_weights",
     "columns_transpose_times",
+    "keeps_bits",
     "rows_at_once",
     "rows_times_matrix",
     "rows_times_transpose",
@@ -34,18 +39,66 @@ __all__ = [
 SMALL_PRODUCT = 10**6
 """Multiply-adds up to which OpenBLAS takes its kernels for small matrices (m * n * k <= 100^3)."""
 
+ENOUGH_ROWS = 256
+"""Rows with which a product is about as fast as it becomes."""
+
+PROBED = 128
+"""Numbers along the shorter side of a product that a probe compares."""
+
 LEAST_ROWS = 64
 """Fewer rows in a product are slower than one large product."""
 
 
 def rows_times_matrix(x_GbI: Array, w_IO: Array, out_GbO: Array) -> Array:
     """Write x w of every micro-batch into `out_GbO` and return it; more leading axes are stacks, too."""
+    if _may_join(x_GbI, w_IO, out_GbO) and keeps_bits(*x_GbI.shape, w_IO.shape[1], x_GbI.dtype.char, False):
+        np.matmul(x_GbI.reshape(-1, w_IO.shape[0]), w_IO, out=out_GbO.reshape(-1, w_IO.shape[1]))
+        return out_GbO
     return np.matmul(x_GbI, w_IO, out=out_GbO)
 
 
 def rows_times_transpose(dy_GbO: Array, w_IO: Array, out_GbI: Array) -> Array:
     """Write dy wᵀ of every micro-batch into `out_GbI` and return it; `w` may be stacked as well."""
+    if _may_join(dy_GbO, w_IO, out_GbI) and keeps_bits(*dy_GbO.shape, w_IO.shape[0], dy_GbO.dtype.char, True):
+        np.matmul(dy_GbO.reshape(-1, w_IO.shape[1]), w_IO.T, out=out_GbI.reshape(-1, w_IO.shape[0]))
+        return out_GbI
     return np.matmul(dy_GbO, w_IO.mT, out=out_GbI)
+
+
+def _may_join(x_GbK: Array, w: Array, out: Array) -> bool:
+    """Return whether the rows of all micro-batches lie in one matrix, and it is worth asking for more."""
+    return (
+        x_GbK.ndim == 3
+        and w.ndim == 2
+        and x_GbK.shape[0] > 1
+        and x_GbK.shape[1] < ENOUGH_ROWS
+        and x_GbK.flags.c_contiguous
+        and w.flags.c_contiguous
+        and out.flags.c_contiguous
+    )
+
+
+@functools.cache
+def keeps_bits(G: int, b: int, K: int, N: int, dtype: str, transposed: bool) -> bool:
+    """Return whether one product of (G*b, K) and (K, N) has the bits of G products of (b, K) and (K, N).
+
+    `transposed`: the second matrix is stored as (N, K).  Tried with random numbers of the whole precision:
+    the order in which BLAS adds depends on shapes and not on numbers, and of sums in another order every
+    second or third one differs.  A kernel for the last rows or columns alone would show in one row or column
+    at least, so it is tried until `PROBED` numbers of the shorter side were seen.  Answers hold for the
+    number of BLAS threads of the first call; a new `Network` forgets them.
+    """
+    random = np.random.default_rng(G * b)
+    real = np.dtype(dtype).type
+    w = random.standard_normal((N, K) if transposed else (K, N), real)
+    w_KN = w.T if transposed else w
+    for _ in range(max(2, -(-PROBED // min(G * b, N)))):
+        x_GbK = random.standard_normal((G, b, K), real)
+        each: Array = np.matmul(x_GbK, w_KN)
+        together: Array = np.matmul(x_GbK.reshape(G * b, K), w_KN)
+        if not np.array_equal(each.reshape(G * b, N), together):
+            return False
+    return True
 
 
 def transpose_times_rows(x_GbI: Array, dy_GbO: Array, out_GIO: Array) -> Array:
