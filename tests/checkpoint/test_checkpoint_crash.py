@@ -56,7 +56,12 @@ def test_a_kill_at_every_system_call_leaves_a_whole_checkpoint(tmp_path, strace)
             directory = tmp_path / f"{call}-{number}"
             save_steps(directory, 1, 2)
             inject = f"{call}:signal=KILL:when={number}"
-            assert traced_save(directory, 3, keep=2, inject=inject, log=tmp_path / "log").code == KILLED
+            outcome = traced_save(directory, 3, keep=2, inject=inject, log=tmp_path / "log")
+            if outcome.code != KILLED:  # One `close` more or less: then there is nothing to be killed at.
+                made = sum(line.split(maxsplit=1)[1].startswith(f"{call}(") for line in outcome.calls)
+                assert outcome.code == 0, outcome.message
+                assert made < number, inject
+                assert number == count, "only the last one may be missing"
             check_after_kill(directory)
             shutil.rmtree(directory)
     print(f"killed at each of {calls.total()} system calls of {len(calls)} kinds")
