@@ -29,6 +29,7 @@ import numpy as np
 
 from distbp.bench.together import together
 from distbp.bench.workloads import Workload
+from distbp.environment import limit_threads
 from distbp.nn import Context, Layer, Network, build_loss, build_model
 from distbp.partition import split_range
 from distbp.reduce import MicroBatchSum, aligned_blocks
@@ -110,8 +111,13 @@ def demand(workload: Workload, micro_batch: int, workers: int, batch: int | None
     model = build_model(name, outputs=workload.outputs, **options)
     network = Network(model, workload.shape, build_loss("cross_entropy"))
     needed = Demand()
-    with _watched(model, needed), _recorded_products(needed):
-        samples = _make_step(network, workload, first, last, micro_batch)
+    limits = limit_threads(1)  # As in a worker: what may be joined depends on it (`nn/product.py`).
+    try:
+        _make_step(network, workload, first, last, micro_batch)  # Probes and allocates.
+        with _watched(model, needed), _recorded_products(needed):
+            samples = _make_step(network, workload, first, last, micro_batch)
+    finally:
+        limits.restore_original_limits()
     vector = network.layout.size * FLOAT_BYTES
     lane = vector // workers
     blocks = sum(

@@ -15,7 +15,7 @@ from typing import Any
 from distbp.bench.workloads import Workload, make_data, options
 from distbp.errors import UserCodeError
 
-__all__ = ["Run", "command", "first_step_s", "train"]
+__all__ = ["Run", "command", "describe", "first_step_s", "train"]
 
 RUN_TIMEOUT_S = 900.0
 
@@ -54,6 +54,17 @@ def train(
     records = [record for record in map(json.loads, lines) if "step_ms" in record]
     least, _, median, _ = result["step_ms_quartiles"]
     return Run(least, median, median_phases(records), result["parameters_sha256"])
+
+
+def describe(workload: Workload, bucket_kib: int) -> tuple[int, int]:
+    """Return the bytes of a workload's gradients, and how many buckets of this size they are cut into."""
+    from distbp.exchange import bucket_starts
+    from distbp.nn import Network, build_loss, build_model
+
+    options = {key: value for key, value in workload.model.items() if key != "name"}
+    model = build_model(workload.model["name"], outputs=workload.outputs, **options)
+    layout = Network(model, workload.shape, build_loss("cross_entropy")).layout
+    return layout.size * 4, len(bucket_starts(layout.borders(), bucket_kib * 1024 // 4))
 
 
 def command() -> list[str]:

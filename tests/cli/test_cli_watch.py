@@ -32,7 +32,8 @@ class Terminal:
 
     def __init__(self, folder: Path, width: int = 100, height: int = 40) -> None:
         self._socket = str(folder / "tmux")
-        environment = {name: value for name, value in os.environ.items() if name != "TMUX"}
+        hidden = ("TMUX", "COLUMNS", "LINES")  # The size is that of the terminal.
+        environment = {name: value for name, value in os.environ.items() if name not in hidden}
         self._environment = environment | {"LC_ALL": "C.UTF-8"}
         self._tmux("-f", os.devnull, "new-session", "-d", "-x", str(width), "-y", str(height), "sh")
 
@@ -118,7 +119,7 @@ def test_watch_fits_the_terminal(tmp_path, width, height):
         small.type(f"clear; {command('watch', make_run(tmp_path / 'run', RESULT))}; echo code-$?")
         wait_until(lambda: "code-0" in small.text(), timeout=60)
         lines = small.text().splitlines()
-        assert any("validation loss" in line for line in lines)
+        assert any("validation loss" in line for line in lines), lines
         curves = [line for line in lines if "▁" in line]
         assert len(curves) >= 3
         assert all(len(line) <= width for line in lines)
