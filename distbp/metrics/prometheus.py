@@ -75,7 +75,8 @@ class Prometheus:
             ("distbp_samples_per_second", "samples_per_second", ""),
             ("distbp_gradient_noise_scale", "noise_scale", ""),
         ):
-            self._set(name, labels, metric.get(field))
+            if not labels or metric["kind"] in ("train", "validation"):
+                self._set(name, labels, metric.get(field))
         for phase, milliseconds in (metric.get("step_ms") or {}).items():
             self._set("distbp_step_seconds", f'phase="{phase}"', milliseconds, 1e-3)
         for phase in _PHASES[:2]:

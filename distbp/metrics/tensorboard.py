@@ -145,6 +145,7 @@ def scalars_of(metric: dict[str, Any]) -> dict[str, float]:
 
 
 _NAMES = {"lr": "learning_rate", "samples_per_second": "samples_per_second", "noise_scale": "noise_scale"}
+_CLOSER = ("layers", "workers")
 _NOT_MEASURED = {"kind", "step", "epoch", "samples", "epoch_end"}
 
 
@@ -165,6 +166,8 @@ def _tags(metric: dict[str, Any]) -> Iterator[tuple[str, float]]:
         elif isinstance(value, list):
             members = ((f"rank{rank}", entry) for rank, entry in enumerate(value))
             group = name
+        elif part in _CLOSER:
+            continue  # The step's own record has these.
         else:
             members = ((name, value),)
             group = part

@@ -47,6 +47,8 @@ LAYERS = {
     "step": 9,
     "epoch": 1.1,
     "samples": 576,
+    "loss": 2.25,
+    "lr": 0.125,
     "gradient_norm": {"0.weight": 0.5, "0.bias": 2.0},
     "inactive": {"1": 0.25},
 }
@@ -199,6 +201,7 @@ def test_prometheus_reads_the_text(tmp_path):
     assert samples["distbp_samples_total",] == 448
     assert math.isnan(samples["distbp_loss", "train"])
     assert samples["distbp_loss", "validation"] == 0.5
+    assert ("distbp_loss", "layers") not in samples
     assert samples["distbp_accuracy", "validation"] == 0.75
     assert samples["distbp_step_seconds", "compute"] == pytest.approx(0.0015)
     assert samples["distbp_worker_seconds", "compute", "1"] == pytest.approx(0.009)
