@@ -71,10 +71,11 @@ def steps(found: dict) -> list[str]:
         [row["workload"], row["micro_batch"], row["flops"] / 1e9, row["gflops"], row["products_ms"]]
         + [sum(row["memory_ms"].values()), row["bound_ms"], row["median_ms"], row["ratio"]]
         + [row["rest_ms"][phase] for phase in ("compute", "wait", "reduce", "update")]
+        + [row["page_faults"]]
         for row in found["results"]
     ]
     head = ("workload", "micro-batch", "GFLOP", "GFLOP/s a core", "products ms", "memory ms", "bound ms")
-    return rows((*head, "step ms", "ratio", "rest: compute", "wait", "reduce", "update"), body)
+    return rows((*head, "step ms", "ratio", "rest: compute", "wait", "reduce", "update", "page faults"), body)
 
 
 def sameness(found: dict) -> list[str]:
