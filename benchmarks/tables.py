@@ -81,20 +81,17 @@ def steps(found: dict) -> list[str]:
 def sameness(found: dict) -> list[str]:
     """The price of each number of micro-batches, a column for each, on each kernel."""
     numbers = sorted({row["micro_batches"] for row in found["table"]})
-    entries: dict[tuple[str, str], dict[int, dict]] = {}
+    entries: dict[tuple[str, str, str], dict[int, dict]] = {}
     for row in found["table"]:
         kernel = row["blas"].rpartition("(")[2].rstrip(")")
-        entries.setdefault((row["workload"], kernel), {})[row["micro_batches"]] = row
+        key = row["workload"], kernel, "yes" if row["joined"] else "no"
+        entries.setdefault(key, {})[row["micro_batches"]] = row
     body = [
-        [
-            workload,
-            kernel,
-            *[by_number[m]["median"] for m in numbers],
-            *[by_number[m]["price"] for m in numbers],
-        ]
-        for (workload, kernel), by_number in entries.items()
+        [*key, *[by_number.get(m, {}).get(what) for what in ("median", "price") for m in numbers]]
+        for key, by_number in entries.items()
     ]
-    head = ["workload", "kernel", *[f"M = {m}, ms" for m in numbers], *[f"price at {m}" for m in numbers]]
+    head = ["workload", "kernel", "joined", *[f"M = {m}, ms" for m in numbers]]
+    head += [f"price at {m}" for m in numbers]
     return rows(head, body)
 
 
