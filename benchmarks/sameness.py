@@ -1,12 +1,12 @@
 """The price of sameness: a step in 2, 4, 8, 16 micro-batches, on both kernels.
 
-The number of micro-batches decides how many workers can give the same bits, and what a step costs: smaller
-products, and more gradients to add.  Two workers of one thread, `distbp train` itself, runs that alternate.
-`price` is the median over that with 2 micro-batches of the same kernel, `cpu price` the same of the processor
-time.  `joined` says whether rows of several micro-batches may go into one product where a probe shows the same
-bits (`distbp/nn/product.py`).  For the rows without, a file that Python imports at its start takes the probe's
-answer away; distbp has no key for it.  The kernels are those of OpenBLAS: the one that it takes by itself, and
-the one of a processor without AVX-512.
+The number of micro-batches decides how many workers can give the same bits, and what a step costs:
+smaller products, and more gradients to add.  Two workers of one thread, `distbp train` itself, runs that
+alternate.  `price` is the median over that with 2 micro-batches of the same kernel, `cpu price` the same
+of the processor time.  `joined` says whether rows of several micro-batches may go into one product where
+a probe shows the same bits (`distbp/nn/product.py`).  For the rows without, a file that Python imports at
+its start takes the probe's answer away; distbp has no key for it.  The kernels are those of OpenBLAS: the
+one that it takes by itself, and the one of a processor without AVX-512.
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ def table(result: dict) -> str:
     for row in result["table"]:
         joined = "yes" if row["joined"] else "no"
         lines.append(
-            f"{row['workload']:9} {row['kernel']:8} {joined:6} {row['micro_batches']:3} {row['median']:10.2f} "
-            f"{row['least']:9.2f} {shown(row.get('cpu')):>9} {row['price']:6.2f} {shown(row['cpu_price']):>9}"
+            f"{row['workload']:9} {row['kernel']:8} {joined:6} {row['micro_batches']:3} "
+            f"{row['median']:10.2f} {row['least']:9.2f} {shown(row.get('cpu')):>9} {row['price']:6.2f} "
+            f"{shown(row['cpu_price']):>9}"
         )
     return "\n".join(lines)
 
