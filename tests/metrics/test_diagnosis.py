@@ -199,7 +199,10 @@ def test_the_command_says_nothing_of_its_defaults(distbp, tmp_path):
     done = distbp("train", "digits", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "W_" not in done.stderr.replace("W_MORE_WORKERS_THAN_CORES", "")
-    assert {event["kind"] for event in read_records(tmp_path / "run" / "events.jsonl")} == {"checkpoint"}
+    assert {event["kind"] for event in read_records(tmp_path / "run" / "events.jsonl")} == {
+        "start",
+        "checkpoint",
+    }
 
 
 def test_a_diagnosis_takes_the_place_of_a_guess(distbp, tmp_path):
