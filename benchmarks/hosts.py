@@ -25,7 +25,6 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from cluster.emulated import EmulatedCluster
-from distbp.environment import available_cores
 from distbp.exchange import bucket_starts
 from distbp.nn import Network, build_loss, build_model
 
@@ -109,7 +108,6 @@ def measure(cluster, prefix, data, flavour, hosts, hidden, steps) -> dict[str, o
         "vector_bytes": size,
         "exchanges": buckets + 1,
         "blocks": 1,
-        "turns": max(1.0, hosts / available_cores()),
         "reduce_ms": phases["reduce"],
         "compute_ms": phases["compute"],
         "update_ms": phases["update"],
