@@ -7,6 +7,7 @@ come back here with the same state, and whatever was not said to be done is done
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from dataclasses import asdict
@@ -22,7 +23,18 @@ from distbp.diagnostician import Diagnostician
 from distbp.errors import DistbpError
 from distbp.evaluation import COLUMNS, num_batches, summary, write_row
 from distbp.fault_points import FaultPoints
-from distbp.job import EVALUATE, SAMPLES, SAVING, SCALARS, SKIPPED, Job, epoch_ends_at, epoch_of
+from distbp.job import (
+    EVALUATE,
+    LOSS,
+    SAMPLES,
+    SAVING,
+    SCALARS,
+    SKIPPED,
+    WEIGHT,
+    Job,
+    epoch_ends_at,
+    epoch_of,
+)
 from distbp.metrics.diagnosis import Finding, batch_advice
 from distbp.metrics.ledger import Ledger
 from distbp.metrics.progress import Progress
@@ -64,7 +76,7 @@ class AfterStep:
             self.records = Records(seat.admission.out, job.records)
             self.progress = Progress(job, seat)
             hosts = range(len(seat.host_sizes))
-            self._diagnostician = Diagnostician(job, seat.admission.out) if job.diagnose else None
+            self._diagnostician = None if job.observer is not None else Diagnostician(job, seat.admission.out)
             self._ledger = Ledger([host for host in hosts for _ in host_ranks(seat.host_sizes, host)])
             self.saver = Saver(
                 seat.admission.out / "checkpoints",
@@ -132,7 +144,11 @@ class AfterStep:
         self, step: int, tail: NDArray[np.float64], layers: dict[str, Any] | None, *, accepted: bool
     ) -> None:
         """Note what was seen of a step, `layers` if it was looked at closely (rank 0)."""
-        diagnostician = self._diagnostician
+        diagnostician, observer = self._diagnostician, self.job.observer
+        if observer is not None:
+            loss = float(tail[LOSS] / tail[WEIGHT]) if accepted else math.inf
+            if observer(step, loss):
+                self.arena.request_stop()
         findings = [] if diagnostician is None else diagnostician.step(step, tail, accepted=accepted)
         if layers is not None:
             record = {"kind": "layers"} | self.progress.position(step) | layers

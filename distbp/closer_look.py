@@ -3,7 +3,7 @@
 Every step has its loss, its predictive entropy and the sums of squares of the summed gradient over fixed
 blocks (`optim/norm.py`).  A *look* adds what costs more:
 
-* the squared norm of each micro-batch's gradient, taken from the leaves before the tree adds them: together
+* the squared norm of some micro-batches' gradients, taken from the leaves before the tree adds them: together
   with that of the sum it gives the gradient noise scale (`metrics/noise.py`);
 * the change of each block of parameters against its size, taken by the lane owners after the update;
 * which units did nothing for the micro-batch number 0, which rank 0 always has (`nn/inactive.py`).
@@ -46,6 +46,10 @@ _LEAST_STEPS = 25
 _MOST_LOOKS = 200
 """Looks of a run, beside the early ones: each is a record, and records are read as a whole."""
 
+_MEASURED = 2
+"""Micro-batches of a look whose gradients are measured, each time others: all would cost more than the rest
+of a look, and the noise scale is an average over looks."""
+
 _UNIT_SAMPLES = 64
 """Samples that a unit must have been inactive for before it counts as such, at least."""
 
@@ -57,7 +61,10 @@ class CloserLook:
         self._arena = arena
         self._job = job
         self._every = max(_LEAST_STEPS, -(-job.total_steps // _MOST_LOOKS))
+        self._first = first
         self._squares = np.zeros(last - first)
+        self._measured: list[int] = []
+        self._stride = max(1, job.micro_batches // _MEASURED)
         self._blocks = norm.blocks(job.network.layout.borders())
         self._scratch = np.empty(norm.BLOCK, np.float32)
         self._least = -(-_UNIT_SAMPLES // job.micro_batch)
@@ -73,23 +80,30 @@ class CloserLook:
     def begin(self, step: int) -> None:
         """Begin a step."""
         self._step, self.on = step, self.is_due(step)
-        self._squares.fill(0)
+        if self.on:
+            own = range(self._first, self._first + len(self._squares))
+            self._measured = [n - self._first for n in self._in_turn(step) if n in own]
+            self._squares.fill(0)
+
+    def _in_turn(self, step: int) -> range:
+        """Return the numbers of the micro-batches that are measured in a look at `step`."""
+        return range(step // _LEAST_STEPS % self._stride, self._job.micro_batches, self._stride)
 
     def measured(self, leaf: Leaf) -> Leaf:
-        """Return a leaf that also adds the squares of what it writes to those of its micro-batches."""
+        """Return a leaf that also adds up the squares of what it writes for the measured micro-batches."""
 
         def write(low: int, high: int, out: Array) -> None:
             leaf(low, high, out)
             rows = out.reshape(high - low, -1)
-            # The same function for one row as for many: another would round otherwise.
-            self._squares[low:high] += np.vecdot(rows, rows)
+            for number in self._measured:
+                if low <= number < high:
+                    self._squares[number] += np.vecdot(rows[number - low], rows[number - low])
 
         return write
 
     def write_tail(self, rows: NDArray[np.float64], sums: Sums) -> None:
         """Write the columns of the tail that are only watched; their values are finite, always."""
         rows[:, ENTROPY] = sums.entropy
-        rows[:, SQUARES] = 0
         if self.on:
             means = self._squares / np.maximum(sums.weight, 1e-30) ** 2
             rows[:, SQUARES] = np.where(np.isfinite(means), means, 0)
@@ -101,25 +115,30 @@ class CloserLook:
 
         `gradient_sums` are those of all blocks of a gradient that was accepted, empty if it was not.
         """
-        job, current, following = self._job, self._arena.watched(step), self._arena.watched(step + 1)
-        np.copyto(following, current)
+        # A list: arrays of eight numbers take several times as long, and a step has few microseconds for it.
+        job, watched = self._job, self._arena.watched(step).tolist()
         if epoch_ends_at(step, len(job.train), job.batch_size):
-            following[[_EPOCH_ENTROPY, _EPOCH_ANSWERS]] = 0
+            watched[_EPOCH_ENTROPY] = watched[_EPOCH_ANSWERS] = 0.0
         if step and self.is_due(step - 1):
-            following[[_LOSS, _WEIGHT]] = 0
-        if not len(gradient_sums):
-            return
-        following[[_LOSS, _WEIGHT]] += tail[[LOSS, WEIGHT]]
-        following[_EPOCH_ENTROPY] += tail[ENTROPY]
-        following[_EPOCH_ANSWERS] += job.batch_size * job.network.loss.answers
-        if self.on and job.micro_batches > 1:
-            small = float(tail[SQUARES]) / job.micro_batches
-            big = math.fsum(gradient_sums) / float(tail[WEIGHT]) ** 2
-            looks = int(current[_LOOKS])
-            new = noise.estimate(small, big, job.micro_batch, job.batch_size)
-            for place, value in zip((_SIGNAL, _TRACE), new, strict=True):
-                following[place] = noise.average(float(current[place]), value, looks)
-            following[_LOOKS] = looks + 1
+            watched[_LOSS] = watched[_WEIGHT] = 0.0
+        if len(gradient_sums):
+            loss, weight, entropy = tail[LOSS].item(), tail[WEIGHT].item(), tail[ENTROPY].item()
+            watched[_EPOCH_ENTROPY] += entropy
+            watched[_EPOCH_ANSWERS] += job.batch_size * job.network.loss.answers
+            watched[_LOSS] += loss
+            watched[_WEIGHT] += weight
+            if self.on and job.micro_batches > 1:
+                small = tail[SQUARES].item() / len(self._in_turn(step))
+                self._follow_noise(watched, small, math.fsum(gradient_sums) / weight**2)
+        self._arena.watched(step + 1)[:] = watched
+
+    def _follow_noise(self, watched: list[float], small: float, big: float) -> None:
+        """Move the averages of the noise by the squared norms of small and big gradients."""
+        job, looks = self._job, int(watched[_LOOKS])
+        new = noise.estimate(small, big, job.micro_batch, job.batch_size)
+        for place, value in zip((_SIGNAL, _TRACE), new, strict=True):
+            watched[place] = noise.average(watched[place], value, looks)
+        watched[_LOOKS] = float(looks + 1)
 
     def measure_change(self, step: int, pieces: Sequence[Piece]) -> None:
         """Write the squares of the change and of the size of each block that this worker has updated."""

@@ -61,7 +61,7 @@ class Diagnostician:
         if not accepted:
             self.history.skipped.append(step)
             return self.judge()
-        loss = float(tail[LOSS] / tail[WEIGHT])
+        loss = tail[LOSS].item() / tail[WEIGHT].item()
         if self.history.spike is None and self._is_spike(loss):
             self.history.spike = Spike(step, sum(self._recent) / _RECENT, self._usual)
             return self.judge()

@@ -64,8 +64,9 @@ class Job:
     """Whether the exchange between hosts begins while backprop goes on."""
     bucket_bytes: int | None = None
     """Least size of a bucket of that exchange; None: measured at the start."""
-    diagnose: bool = True
-    """Whether the history of the run is judged while it goes on."""
+    observer: Callable[[int, float], bool] | None = None
+    """Called after each step, in place of the diagnosis, with the number of steps and the mean loss, which is
+    infinite where the step was refused; True asks the run to stop."""
     records: tuple[str, ...] = ()
     """Where records go besides `metrics.jsonl` (`metrics/sinks.py`)."""
     banner: Callable[[Job, Seat], str] = lambda job, seat: ""

@@ -107,7 +107,7 @@ class Trainer:
         loss: str | Loss = "cross_entropy",
         optimizer: Optimizer | None = None,
         lr: float | None = None,
-        schedule: Schedule | None = None,
+        schedule: Callable[[int, int], float] | None = None,
         clip_norm: float | None = None,
         batch_size: int = 64,
         micro_batch: int | None = None,
@@ -120,7 +120,7 @@ class Trainer:
         self.loss = build_loss(loss) if isinstance(loss, str) else loss
         self.optimizer = SGD() if optimizer is None else optimizer
         peak = self.optimizer.default_lr if lr is None else lr
-        self.schedule = Schedule(lr=peak) if schedule is None else schedule
+        self.schedule: Callable[[int, int], float] = Schedule(lr=peak) if schedule is None else schedule
         self.clip_norm = clip_norm
         self.batch_size = batch_size
         usable = isinstance(batch_size, int) and batch_size > 0
@@ -138,6 +138,7 @@ class Trainer:
         self.threads = threads
         self.shuffle = shuffle
         self.augment = tuple(augment)
+        self.observer: Callable[[int, float], bool] | None = None
         self.network: Network | None = None
         self.parameters: NDArray[np.float32] | None = None
         self.statistics: NDArray[np.float64] | None = None
@@ -363,6 +364,7 @@ class Trainer:
 
     def _train(self, members: Membership, seat: Seat, job: Job) -> History:
         """Run the worker to the end of the call, through losses that happen while it ends."""
+        job.observer = self.observer
         worker = Worker(seat, job)
         try:
             while True:

@@ -179,7 +179,7 @@ def test_a_checkpoint_holds_the_whole_network(name, tmp_path):
     data = DATA.get(name, (TRAIN, VALIDATION))
     alone = ThreadsJob(fit(MODELS[name], tmp_path / "alone", data), (1,)).run()[0]
     loaded = trainer_of(MODELS[name]).load(tmp_path / "alone")
-    assert loaded.evaluate(data[1]) == {key: alone["validation"][key] for key in ("loss", "accuracy")}
+    assert loaded.evaluate(data[1]) == alone["validation"]
     out = tmp_path / "halves"
     ThreadsJob(fit(MODELS[name], out, data, checkpoint_every_steps=2, keep=0), (2,)).run()
     resumed = out / "checkpoints" / "step-00000002"

@@ -25,10 +25,19 @@ __all__ = ["command"]
     type=click.Choice(["train", "validation"]),
     help="Which part, where DATA holds two (train-* and t10k-*, x_train and x_val).  [default: train]",
 )
+@click.option(
+    "--suspects",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Also list the N samples whose label is least likely: it may be wrong.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: str, data: str, target: str | None, part: str | None, as_json: bool) -> None:
+def command(
+    model: str, data: str, target: str | None, part: str | None, suspects: int | None, as_json: bool
+) -> None:
     """Print the figures."""
     from distbp.cli.model import load_model, predict, read_samples, root_mean_square
+    from distbp.cli.suspects import describe_suspects, find_suspects
     from distbp.environment import limit_threads
 
     trained = load_model(model)
@@ -37,9 +46,11 @@ def command(model: str, data: str, target: str | None, part: str | None, as_json
         figures = trained.trainer.evaluate(samples.dataset)
         regression = trained.preprocessing.task == "regression"
         error = root_mean_square(trained, samples, predict(trained, samples)) if regression else {}
+        doubted = [] if suspects is None else find_suspects(trained, samples, suspects)
     report: dict[str, Any] = {
         "loss": figures["loss"],
         "accuracy": figures["accuracy"],
+        "entropy": figures["entropy"],
         **error,
         "samples": len(samples.dataset),
         "data": data,
@@ -50,10 +61,14 @@ def command(model: str, data: str, target: str | None, part: str | None, as_json
     if as_json:
         # JSON has no NaN, which the loss is when class weights leave nothing to weigh.
         loss = report["loss"]
+        if suspects is not None:
+            report["suspects"] = doubted
         print(json.dumps(report | {"loss": loss if math.isfinite(loss) else None}, indent=2))
         return
     for name, value in report.items():
         if value is not None:
             print(f"{name:<12}{value}")
+    if suspects is not None:
+        print("\n".join(describe_suspects(doubted)))
     if samples.note:
         print(f"note: {samples.note}")

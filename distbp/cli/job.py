@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from distbp.data import (
 )
 from distbp.errors import ConfigError
 from distbp.metrics.banner import banner
+from distbp.metrics.lr_range import RangeTest
 from distbp.nn import BinaryCrossEntropy, Loss, build_loss, build_model
 from distbp.optim import OPTIMIZERS, Averaged, Optimizer, Schedule
 from distbp.trainer import History, Trainer
@@ -249,19 +250,23 @@ def fit_options(config: Config, preprocessing: Preprocessing, out: str | None) -
     }
 
 
-def fit(config: Config, prepared: Prepared, out: str | None) -> History:
-    """Train in this process as the only worker."""
+def fit(config: Config, prepared: Prepared, out: str | None, test: RangeTest | None = None) -> History:
+    """Train in this process as one worker; with `test` the rate is that of a range test (`lr_find.py`)."""
     trainer = build_trainer(config, prepared.preprocessing)
     options = fit_options(config, prepared.preprocessing, out)
+    if test is not None:
+        assert out is not None, "a range test has a directory of its own"
+        trainer.schedule, trainer.observer = test, test.observer(Path(out) / "metrics.jsonl")
     return trainer.fit(prepared.train, val=prepared.validation, **options)
 
 
-def pack_job(config: Config, prepared: Prepared, out: str) -> PackedJob:
+def pack_job(config: Config, prepared: Prepared, out: str, test: RangeTest | None = None) -> PackedJob:
     """Put data, configuration and preprocessing into one memory file for the workers of this host."""
     settings = {
         "config": configuration.to_dict(config),
         "preprocessing": prepared.preprocessing.to_dict(),
         "out": out,
+        "test": None if test is None else asdict(test),
     }
     arrays, described = pack_datasets({"train": prepared.train, "validation": prepared.validation})
     content = json.dumps(settings | {"datasets": described}).encode()
@@ -278,7 +283,8 @@ def fit_job(message: dict[str, Any], descriptor: int) -> History:
     datasets = unpack_datasets(arrays, settings["datasets"])
     preprocessing = Preprocessing.from_dict(settings["preprocessing"])
     prepared = Prepared(datasets["train"], datasets.get("validation"), preprocessing)
-    return fit(config, prepared, settings["out"])
+    test = None if settings["test"] is None else RangeTest(**settings["test"])
+    return fit(config, prepared, settings["out"], test)
 
 
 def _loss(config: Config, preprocessing: Preprocessing) -> Loss:

@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "write a trained model as an ONNX file",
     "generate": "write text with a trained language model",
     "inspect": "show what a checkpoint holds and whether it is whole",
+    "lr-find": "find a learning rate that fits a data set and a model",
     "ls": "list the runs below a directory",
     "predict": "apply a trained model to new data",
     "report": "write a run on one page, report.html",
@@ -36,7 +37,7 @@ COMMANDS = {
     "train": "train a model on a data set",
     "watch": "look at a run while it goes on, in a terminal or a browser",
 }
-"""Name -> what it does.  The module `distbp.cli.<name>` holds a click command called `command`."""
+"""Name -> what it does.  The module `distbp.cli.<name>_command`, with _ for -, holds a `command`."""
 
 _HEAD = """Train neural networks on every core you have, with the same bits for any number of workers.
 
@@ -60,7 +61,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"distbp.cli.{cmd_name}_command")
+        module = importlib.import_module(f"distbp.cli.{cmd_name.replace('-', '_')}_command")
         command: click.Command = module.command
         return command
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distbp.config import Config, Resolved
     from distbp.data import Prepared
 
-__all__ = ["command"]
+__all__ = ["choose_workers", "command", "data_options", "read_config", "train"]
 
 _FLAGS = {
     "nproc": "run.nproc",
@@ -31,23 +31,36 @@ _FLAGS = {
 """Flag -> the configuration key that it sets."""
 
 
+_DATA_OPTIONS = (
+    click.argument("data", required=False),
+    click.option("-c", "--config", "file", type=click.Path(), help="Configuration file, TOML or JSON."),
+    click.option(
+        "-o", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set one configuration key."
+    ),
+    click.option("--nproc", help="Number of workers.  [default: cores, at most batch-size / micro-batch]"),
+    click.option("--backend", metavar="serial|local|mpi|ray", help="Who starts the workers."),
+    click.option("--epochs", help="Passes over the training data."),
+    click.option("--batch-size", help="Samples of one step, over all workers."),
+    click.option("--micro-batch", help="Samples computed at once; divides the batch size."),
+    click.option("--seed", help="Selects initial weights, sample order and split."),
+    click.option("--target", metavar="COLUMN", help="Column of a table that is to be predicted."),
+)
+"""What decides which training it is, for all commands that train."""
+
+
+def data_options(function: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Give a command the options that say what is trained on what, as a decorator."""
+    for option in reversed(_DATA_OPTIONS):
+        function = option(function)
+    return function
+
+
 @click.command(
     help="Train a model on DATA: a file, a directory, or the built-in name 'digits'.\n\n"
     "Everything else is a configuration key, as in -o optimizer.lr=0.01 -o model.hidden=[300,100]; "
     "distbp config show lists them all."
 )
-@click.argument("data", required=False)
-@click.option("-c", "--config", "file", type=click.Path(), help="Configuration file, TOML or JSON.")
-@click.option(
-    "-o", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set one configuration key."
-)
-@click.option("--nproc", help="Number of workers.  [default: cores, at most batch-size / micro-batch]")
-@click.option("--backend", metavar="serial|local|mpi|ray", help="Who starts the workers.")
-@click.option("--epochs", help="Passes over the training data.")
-@click.option("--batch-size", help="Samples of one step, over all workers.")
-@click.option("--micro-batch", help="Samples computed at once; divides the batch size.")
-@click.option("--seed", help="Selects initial weights, sample order and split.")
-@click.option("--target", metavar="COLUMN", help="Column of a table that is to be predicted.")
+@data_options
 @click.option("--out", metavar="DIR", help="Run directory.  [default: runs/DATA-MODEL-DATE-TIME]")
 @click.option("--resume", metavar="auto|never|CHECKPOINT", help="What to begin from.  [default: auto]")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, and start nothing.")

@@ -178,8 +178,8 @@ def _span(values: Sequence[float], zero: bool) -> Point:
     low, high = min(values), max(values)
     if zero:
         return min(0.0, low), max(high, 0.0)
-    if high == low:
-        room = abs(high) * 0.1 or 1.0
+    room = max(abs(low), abs(high)) * 0.01 or 1.0
+    if high - low < room:  # A curve that hardly moves shall look like one.
         return low - room, high + room
     return low, high
 

@@ -99,7 +99,7 @@ def _strips(records: Sequence[Record], field: str, title: str, meaning: str) -> 
         body += f'<span title="{label}">{label}</span>{strip(row, low, high)}<span class="n">{shown}</span>'
     return (
         f'<div class="card"><strong>{title}</strong> '
-        f"<small>{meaning}; {ends[0]}{scale_bar()}{ends[1]}</small>"
+        f'<small>{meaning}; <span class="nowrap">{ends[0]}{scale_bar()}{ends[1]}</span></small>'
         f'<div class="tall"><div class="layers">{body}</div></div></div>'
     )
 
@@ -281,40 +281,44 @@ def worker_rows(run: Run) -> list[Record]:
 def workers(run: Run) -> str:
     """Return who computed, who waited, and who held the others up."""
     rows = worker_rows(run)
-    named = {event.get("rank"): event for event in run.of_kind("straggler")}
-    lost: dict[Any, int] = {}
+    named = {str(event.get("rank")): event for event in run.of_kind("straggler")}
+    lost: dict[str, int] = {}
     for event in run.of_kind("lost", "stuck"):
-        lost[event.get("rank")] = lost.get(event.get("rank"), 0) + 1
+        lost[str(event.get("rank"))] = lost.get(str(event.get("rank")), 0) + 1
     if not rows:
-        rows = [{"rank": rank} for rank in sorted({*named, *lost}, key=str)]
+        rows = [{"rank": rank} for rank in sorted({*named, *lost})]
     if not rows:
         return ""
     unit = "s" if any("compute_s" in row for row in rows) else "ms"
     body = ""
     for row in rows:
-        compute, wait = row.get(f"compute_{unit}"), row.get(f"wait_{unit}")
-        cost = row.get("cost_s", named.get(row["rank"], {}).get("cost"))
-        whole = (compute or 0) + (wait or 0)
-        bar = (
-            f'<div class="share"><i class="c0" style="width:{100 * compute / whole:.1f}%"></i>'
-            f'<i class="c1" style="width:{100 * (wait or 0) / whole:.1f}%"></i></div>'
-            if compute and whole
-            else ""
-        )
-        name = f"{row['rank']}" + (f" <small>{escape(row['host'])}</small>" if row.get("host") else "")
-        body += (
-            f'<tr><td>{name}</td><td class="n">{figure(compute)}</td><td class="n">{figure(wait)}</td>'
-            f'<td style="width:45%">{bar}</td><td class="n">{figure(cost)}</td>'
-            f'<td class="n">{lost.get(row["rank"], 0) or "-"}</td></tr>'
-        )
+        rank = str(row.get("rank"))
+        cost = row.get("cost_s", named.get(rank, {}).get("cost"))
+        body += _worker(row, unit, cost, lost.get(rank, 0))
     span = "of the whole run" if unit == "s" else "a step, mean of the last records"
     return (
-        '<h2>Workers</h2><div class="card wide"><table style="width:100%"><tr><th>rank</th>'
-        f'<th class="n">computed {unit}</th><th class="n">waited {unit}</th><th></th>'
-        f'<th class="n">cost s</th><th class="n">lost</th></tr>{body}</table><p class="note">'
+        '<h2>Workers</h2><div class="card wide"><div class="tall"><table style="width:100%"><tr><th>rank</th>'
+        f'<th class="n">computed {unit}</th><th class="n">waited {unit}</th>'
+        f'<th class="n">cost s</th><th class="n">lost</th></tr>{body}</table></div><p class="note">'
         '<span class="key"><i class="c0"></i>compute</span> <span class="key"><i class="c1"></i>wait</span>, '
-        f"{span}. Cost: what the others waited for a worker that was named as slow. "
-        "Lost: how often it was replaced.</p></div>"
+        f"{span}. Cost: what the others waited for this worker. Lost: how often it was replaced.</p></div>"
+    )
+
+
+def _worker(row: Record, unit: str, cost: object, lost: int) -> str:
+    """Return the figures of one worker, and below them the shares of its time as a bar."""
+    values = (row.get(f"compute_{unit}"), row.get(f"wait_{unit}"))
+    compute, wait = (value if isinstance(value, int | float) else 0.0 for value in values)
+    name = escape(row.get("rank")) + (f" <small>{escape(row['host'])}</small>" if row.get("host") else "")
+    cells = "".join(f'<td class="n">{escape(_short(value))}</td>' for value in (*values, cost, lost or None))
+    figures = f"<tr><td>{name}</td>{cells}</tr>"
+    if not compute + wait > 0:
+        return figures
+    share_of_compute = 100 * compute / (compute + wait)
+    return (
+        f'{figures}<tr class="bars"><td colspan="5"><div class="share">'
+        f'<i class="c0" style="width:{share_of_compute:.1f}%"></i>'
+        f'<i class="c1" style="width:{100 - share_of_compute:.1f}%"></i></div></td></tr>'
     )
 
 
@@ -346,7 +350,7 @@ def _folded(title: str, rows: Sequence[tuple[str, object]]) -> str:
 
 def _short(value: object, most: int = 160) -> str:
     """Return a value on one line, figures with four digits."""
-    if isinstance(value, float):
+    if value is None or isinstance(value, float):
         return figure(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return _cut(text, most)

@@ -22,6 +22,10 @@ from distbp.terminal import say
 __all__ = ["SINKS", "Sink", "Sinks"]
 
 
+_MOST_OF_A_REASON = 300
+"""Characters of an error that are shown; some libraries write pages."""
+
+
 class Sink(Protocol):
     """Whatever takes records; see the module's docstring."""
 
@@ -78,4 +82,5 @@ class Sinks:
             call(*arguments)
         except Exception as error:  # A stranger's library may raise anything, and no run ends for that.
             self._sinks.pop(name, None)
-            say(f"distbp: W_SINK_LOST {name}: {error or type(error).__name__}; training goes on without it")
+            reason = " ".join(str(error).split())[:_MOST_OF_A_REASON] or type(error).__name__
+            say(f"distbp: W_SINK_LOST {name}: {reason}; training goes on without it")

@@ -46,9 +46,9 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_evaluate_repeats_the_validation_of_training(
     digits_run: Path, validation: dict[str, float], held_out: Path, data: list[str]
 ) -> None:
-    """The validation samples of a run, read from a file, give its loss and accuracy to the last bit."""
+    """The validation samples of a run, read from a file, give its figures to the last bit."""
     found = json.loads(succeed("evaluate", digits_run, *data, "--json", cwd=held_out))
-    assert {name: found[name] for name in ("loss", "accuracy")} == validation
+    assert {name: found[name] for name in validation} == validation
     assert found["samples"] == HELD_OUT
     assert found["part"] == ("validation" if "--part" in data else "all")
 

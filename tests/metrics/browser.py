@@ -30,7 +30,7 @@ document.querySelectorAll("figure svg").forEach(svg => {
       if (!beside && !above) found.overlaps.push(text + " and " + other); });
   });
 });
-document.querySelectorAll("h1, .tile b, .legend, p, .card strong").forEach(part => {
+document.querySelectorAll("h1, .tile b, .legend, p, .card strong, .wide").forEach(part => {
   const wide = part.scrollWidth > part.clientWidth + 1;
   if (wide && getComputedStyle(part).display !== "inline") found.clipped.push(part.textContent);
 });
