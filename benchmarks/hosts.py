@@ -25,14 +25,13 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from cluster.emulated import EmulatedCluster
-from distbp.environment import available_cores
 from distbp.exchange import bucket_starts
 from distbp.nn import Network, build_loss, build_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FEATURES, MICRO_BATCH, BUCKET_KIB = 256, 8, 1024
-HIDDEN = ([64], [512], [512, 1024])
-"""Widths of the networks: 0.07, 0.5 and 2.6 MB of gradients."""
+NETWORKS = (([64], 150), ([512], 50), ([512, 1024], 16))
+"""Widths of the networks, with 0.07, 0.5 and 2.6 MB of gradients, and steps for some seconds of each."""
 
 
 def main() -> None:
@@ -41,7 +40,6 @@ def main() -> None:
     parser.add_argument("--flavour", default="mpich", choices=["mpich", "openmpi"])
     parser.add_argument("--hosts", type=int, nargs="+", default=[2, 3, 4, 6, 8])
     parser.add_argument("--rates", type=int, nargs="+", default=[100, 1000], metavar="MBIT")
-    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--json", metavar="FILE", required=True)
     arguments = parser.parse_args()
     prefix = Path(
@@ -57,8 +55,8 @@ def main() -> None:
                 max(arguments.hosts), rate_mbit=rate, shared=[name, REPOSITORY, prefix]
             ) as cluster:
                 for count in arguments.hosts:
-                    for hidden in HIDDEN:
-                        point = measure(cluster, prefix, data, arguments, count, hidden)
+                    for hidden, steps in NETWORKS:
+                        point = measure(cluster, prefix, data, arguments.flavour, count, hidden, steps)
                         points.append(point | {"rate_mbit": rate})
                         print(points[-1], file=sys.stderr, flush=True)
     command = " ".join(["python -m benchmarks.hosts", *sys.argv[1:]])
@@ -67,14 +65,14 @@ def main() -> None:
     Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(cluster, prefix, data, arguments, hosts, hidden) -> dict[str, object]:
+def measure(cluster, prefix, data, flavour, hosts, hidden, steps) -> dict[str, object]:
     """Train on `hosts` hosts, and return what the exchange was and how long it took."""
     out = Path(tempfile.mkdtemp(dir=data.parent)) / "run"
     program = [str(prefix / "bin" / "python"), "-m", "distbp.cli.main", "train", str(data), "--out", str(out)]
     options = {
         "train.batch_size": MICRO_BATCH * hosts,
         "train.micro_batch": MICRO_BATCH,
-        "train.max_steps": arguments.steps,
+        "train.max_steps": steps,
         "train.epochs": 1000,
         "model.hidden": hidden,
         "data.validation_fraction": 0,
@@ -88,7 +86,7 @@ def measure(cluster, prefix, data, arguments, hosts, hidden) -> dict[str, object
     launch = cluster.mpirun(
         program,
         hosts,
-        arguments.flavour,
+        flavour,
         slots={f"host{index}": 1 for index in range(hosts)},
         prefix=prefix,
         environment={"PYTHONPATH": str(REPOSITORY)},
@@ -99,7 +97,7 @@ def measure(cluster, prefix, data, arguments, hosts, hidden) -> dict[str, object
     lines = (out / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "step_ms" in record][1:]
     if len(records) < 2:
-        raise SystemExit(f"{hosts} hosts: too few records; give more --steps")
+        raise SystemExit(f"{hosts} hosts: too few records; the steps of NETWORKS are too few here")
     phases = {
         name: statistics.quantiles([record["step_ms"][name] for record in records])[0]
         for name in ("compute", "reduce", "update")
@@ -110,7 +108,6 @@ def measure(cluster, prefix, data, arguments, hosts, hidden) -> dict[str, object
         "vector_bytes": size,
         "exchanges": buckets + 1,
         "blocks": 1,
-        "turns": max(1.0, hosts / available_cores()),
         "reduce_ms": phases["reduce"],
         "compute_ms": phases["compute"],
         "update_ms": phases["update"],

@@ -119,7 +119,7 @@ def run_distbp(
         f"{out}/run",
     ]
     words += [*options(workload, steps, micro_batch), *more]
-    environment = (os.environ if environment is None else environment) | {"PYTHONPATH": str(REPOSITORY)}
+    environment = environment or os.environ | {"PYTHONPATH": str(REPOSITORY)}
     subprocess.run(
         words, check=True, capture_output=True, text=True, cwd=folder, env=environment, timeout=RUN_TIMEOUT_S
     )

@@ -71,29 +71,27 @@ def steps(found: dict) -> list[str]:
         [row["workload"], row["micro_batch"], row["flops"] / 1e9, row["gflops"], row["products_ms"]]
         + [sum(row["memory_ms"].values()), row["bound_ms"], row["median_ms"], row["ratio"]]
         + [row["rest_ms"][phase] for phase in ("compute", "wait", "reduce", "update")]
+        + [row["page_faults"]]
         for row in found["results"]
     ]
     head = ("workload", "micro-batch", "GFLOP", "GFLOP/s a core", "products ms", "memory ms", "bound ms")
-    return rows((*head, "step ms", "ratio", "rest: compute", "wait", "reduce", "update"), body)
+    return rows((*head, "step ms", "ratio", "rest: compute", "wait", "reduce", "update", "page faults"), body)
 
 
 def sameness(found: dict) -> list[str]:
     """The price of each number of micro-batches, a column for each, on each kernel."""
     numbers = sorted({row["micro_batches"] for row in found["table"]})
-    entries: dict[tuple[str, str], dict[int, dict]] = {}
+    entries: dict[tuple[str, str, str], dict[int, dict]] = {}
     for row in found["table"]:
         kernel = row["blas"].rpartition("(")[2].rstrip(")")
-        entries.setdefault((row["workload"], kernel), {})[row["micro_batches"]] = row
+        key = row["workload"], kernel, "yes" if row["joined"] else "no"
+        entries.setdefault(key, {})[row["micro_batches"]] = row
     body = [
-        [
-            workload,
-            kernel,
-            *[by_number[m]["median"] for m in numbers],
-            *[by_number[m]["price"] for m in numbers],
-        ]
-        for (workload, kernel), by_number in entries.items()
+        [*key, *[by_number.get(m, {}).get(what) for what in ("median", "price") for m in numbers]]
+        for key, by_number in entries.items()
     ]
-    head = ["workload", "kernel", *[f"M = {m}, ms" for m in numbers], *[f"price at {m}" for m in numbers]]
+    head = ["workload", "kernel", "joined", *[f"M = {m}, ms" for m in numbers]]
+    head += [f"price at {m}" for m in numbers]
     return rows(head, body)
 
 

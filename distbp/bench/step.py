@@ -82,6 +82,7 @@ def reached(runs: list[Run], least: dict[str, Any]) -> dict[str, Any]:
         "median_ms": median,
         "least_ms": min(run.least for run in runs),
         "phases_ms": phases,
+        "page_faults": statistics.median(run.page_faults for run in runs),
         "rest_ms": rest,
         "ratio": least["bound_ms"] / median,
     }
@@ -146,14 +147,15 @@ def step_table(found: list[dict[str, Any]]) -> list[str]:
     """Return the lines of the table of `measure_steps`."""
     lines = [
         f"{'workload':9} {'micro':>5} {'GFLOP':>7} {'GFLOP/s':>8} {'products':>9} {'memory':>8} "
-        f"{'bound ms':>9} {'step ms':>9} {'ratio':>6}   the rest: compute, wait, reduce, update"
+        f"{'bound ms':>9} {'step ms':>9} {'ratio':>6} {'faults':>7}   the rest: compute, wait, reduce, update"
     ]
     for row in found:
         rest = ", ".join(f"{ms:.2f}" for ms in row["rest_ms"].values())
         lines.append(
             f"{row['workload']:9} {row['micro_batch']:5} {row['flops'] / 1e9:7.2f} {row['gflops']:8.0f} "
             f"{row['products_ms']:9.2f} {sum(row['memory_ms'].values()):8.2f} {row['bound_ms']:9.2f} "
-            f"{row['median_ms']:9.2f} {row['ratio']:6.2f}   {rest}"
+            f"{row['median_ms']:9.2f} {row['ratio']:6.2f} "
+            f"{row['page_faults']:7.1f}   {rest}"
         )
     return lines
 

@@ -27,6 +27,8 @@ class Run:
     least: float
     median: float
     phases: dict[str, float]
+    page_faults: float
+    """Of a step of rank 0, median of the records but the first."""
     sha256: str
 
 
@@ -53,7 +55,8 @@ def train(
         lines = Path(out, "run/metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "step_ms" in record]
     least, _, median, _ = result["step_ms_quartiles"]
-    return Run(least, median, median_phases(records), result["parameters_sha256"])
+    faults = statistics.median(record["page_faults"] for record in records[1:] or records)
+    return Run(least, median, median_phases(records), faults, result["parameters_sha256"])
 
 
 def describe(workload: Workload, bucket_kib: int) -> tuple[int, int]:

@@ -37,6 +37,8 @@ MEASURED = Path(__file__).resolve().parents[1] / "bench" / "measured_exchanges.j
 @click.option("--bucket-kib", type=click.IntRange(min=1), default=4096, show_default=True)
 @click.option("--compute-ms", type=click.FloatRange(min=0), help="Forward and backward of a host's share.")
 @click.option("--update-ms", type=click.FloatRange(min=0), help="Adding in a host, and the update.")
+@click.option("--message-us", type=click.FloatRange(min=0), help="Processor's part of a message.  [fitted]")
+@click.option("--byte-ns", type=click.FloatRange(min=0), help="Processor's part of a byte.  [fitted]")
 @click.option("--points", type=click.Path(dir_okay=False), help="Measured points, from benchmarks.hosts.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -47,10 +49,14 @@ def command(
     bucket_kib: int,
     compute_ms: float | None,
     update_ms: float | None,
+    message_us: float | None,
+    byte_ns: float | None,
     points: str | None,
     as_json: bool,
 ) -> int:
     """Fit, predict, and print."""
+    from dataclasses import replace
+
     from distbp.bench import model
 
     counts = _counts(hosts)
@@ -60,10 +66,15 @@ def command(
         "fit": [model.exchange_s(fitted, point) / point.seconds - 1 for point in measured],
         "left_out": model.leave_one_out(measured),
     }
+    used = replace(
+        fitted,
+        a=fitted.a if message_us is None else message_us * 1e-6,
+        c=fitted.c if byte_ns is None else byte_ns * 1e-9,
+    )
     job = _describe(workload, bucket_kib, compute_ms, update_ms)
     predictions = [
         model.predict(
-            fitted,
+            used,
             count,
             compute_s=job["compute_ms"] / 1e3,
             update_s=job["update_ms"] / 1e3,
@@ -96,7 +107,6 @@ def read_points(path: Path) -> list[Point]:
                 exchanges=int(entry["exchanges"]),
                 blocks=int(entry["blocks"]),
                 rate=float(entry["rate_mbit"]) * 1e6 / 8,
-                turns=float(entry["turns"]),
                 seconds=float(entry["reduce_ms"]) / 1e3,
             )
             for entry in json.loads(path.read_text())["points"]
@@ -105,7 +115,7 @@ def read_points(path: Path) -> list[Point]:
         raise DataError(
             f"{path}: expected points of benchmarks.hosts, got {error!r}; measure again"
         ) from None
-    if len(found) < 6 or min(min(p.seconds, p.rate, p.turns) for p in found) <= 0:
+    if len(found) < 6 or min(min(p.seconds, p.rate) for p in found) <= 0:
         raise DataError(f"{path}: expected at least six points with positive times, got {len(found)}")
     return found
 
@@ -197,6 +207,9 @@ def _lines(
         f"x {fitted.e:.2f}, and {fitted.q:.2f} more for each sender beside another, up to "
         f"{fitted.most_hosts} hosts"
     ]
+    lines.append(
+        "emulated hosts share cores: on hosts of their own exchange, message and byte in memory cost less"
+    )
     for name, what in (
         ("fit", "error at these points"),
         ("left_out", "error at a point left out of the fit"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,26 +16,26 @@ TRUE = Fit(t0=200e-6, a=30e-6, c=0.5e-9, e=1.08, q=0.1, most_hosts=6)
 def points(wrong=1.0):
     """Points that the model explains, the last one `wrong` times as long as it should be."""
     made = []
-    for hosts in (2, 3, 4, 6):
-        for size in (70_000, 550_000, 2_700_000):
-            for rate in (12.5e6, 125e6):
-                point = Point(hosts, size, 2 + size // 1_000_000, 1, rate, max(1.0, hosts / 2), 1.0)
-                made.append(Point(**(vars(point) | {"seconds": exchange_s(TRUE, point)})))
-    made[-1] = Point(**(vars(made[-1]) | {"seconds": made[-1].seconds * wrong}))
+    for rate in (12.5e6, 1250e6):
+        for hosts in (2, 3, 4, 6):
+            for size in (70_000, 550_000, 2_700_000):
+                point = Point(hosts, size, 2 + size // 1_000_000, 1, rate, 1.0)
+                made.append(dataclasses.replace(point, seconds=exchange_s(TRUE, point)))
+    made[-1] = dataclasses.replace(made[-1], seconds=made[-1].seconds * wrong)
     return made
 
 
 def test_the_fit_finds_the_numbers_that_made_the_points():
     """Without noise they come back, and no point is a surprise."""
     found = fit(points())
-    assert vars(found) == pytest.approx(vars(TRUE), rel=1e-6)
+    assert dataclasses.asdict(found) == pytest.approx(dataclasses.asdict(TRUE), rel=1e-6)
     assert max(map(abs, leave_one_out(points()))) < 1e-6
 
 
 def test_no_number_is_negative():
     """A point of no cost but its bytes cannot make a message cost less than nothing."""
-    cheap = [Point(**(vars(p) | {"seconds": 2 * p.vector_bytes / p.rate / p.hosts})) for p in points()]
-    assert min(vars(fit(cheap)).values()) >= 0
+    cheap = [dataclasses.replace(p, seconds=2 * p.vector_bytes / p.rate / p.hosts) for p in points()]
+    assert min(dataclasses.asdict(fit(cheap)).values()) >= 0
 
 
 def test_a_wrong_point_shows_when_it_is_left_out():
@@ -57,7 +58,9 @@ def test_a_prediction_is_the_sum_of_its_parts():
     assert predict(TRUE, 1, latency_s=1.0, **job).step == pytest.approx(0.04)
     near, far = (predict(TRUE, 8, latency_s=latency, **job) for latency in (0.0, 1e-3))
     moved = 2 * 10**7 * 7 / 8
-    expected = 2 * TRUE.t0 + 2 * 7 * TRUE.a + moved * (TRUE.c + (TRUE.e + 4 * TRUE.q) / 1.25e9)
+    own = 2 * TRUE.t0 + 2 * 7 * TRUE.a + moved * TRUE.c
+    link = moved * (TRUE.e + 4 * TRUE.q) / 1.25e9
+    expected = max(own, link)
     assert near.exchange == pytest.approx(expected)
     assert near.step == pytest.approx(0.04 + expected)
     assert far.step - near.step == pytest.approx(4e-3)
@@ -73,6 +76,11 @@ def test_the_command_prints_hosts_up_to_4096_with_its_error(tmp_path):
     assert steps[0] == pytest.approx(0.011)
     assert len(found["points"]) >= 20
     assert all({"error", "error_left_out"} <= set(point) for point in found["points"])
+    own = json.loads(succeed(*words, "--message-us", 0, "--byte-ns", 0, cwd=tmp_path))["predictions"]
+    assert all(
+        mine["exchange"] <= fitted["exchange"] for mine, fitted in zip(own, found["predictions"], strict=True)
+    )
+    assert own[-1]["exchange"] < found["predictions"][-1]["exchange"]
     assert "error at these points" in succeed(*words[:-1], cwd=tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 
 import numpy as np
@@ -34,12 +35,15 @@ def test_quartiles_of_the_steps_are_in_order(tmp_path):
 
 def test_records_have_the_processor_time_of_their_steps(tmp_path):
     """Together the steps of the records took some processor time, and not more than the process did."""
-    before = time.process_time()
+    before, faults_before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     _, records = run(tmp_path / "run", 200)
     spent = time.process_time() - before
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before
     steps = np.diff([0, *(record["step"] for record in records)])
     recorded = sum(record["cpu_ms"] * count for record, count in zip(records, steps, strict=True)) / 1e3
     assert 0 < recorded <= spent + 1e-3
+    # Two decimals are kept, so each step may be off by half a hundredth.
+    assert 0 <= sum(r["page_faults"] * n for r, n in zip(records, steps, strict=True)) <= faults + 1
     assert set(records[0]["step_ms"]) == {"compute", "wait", "reduce", "update"}
 
 
