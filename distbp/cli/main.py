@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         started = claim()
         if started is None or started.rank == 0:
             error.show()
-        else:
+        elif started.launcher == "Open MPI":  # The others let rank 0 live when another rank has ended.
             _wait_for_rank_0(error.exit_code)
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
@@ -124,7 +124,7 @@ def end_with(error: DistbpError) -> NoReturn:
 
 
 def _wait_for_rank_0(code: int) -> None:
-    """Let rank 0, which has the same command, say what is wrong: a launcher ends all when one has ended."""
+    """Let rank 0, which has the same command, say what is wrong: Open MPI ends all when one has ended."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, frame: os._exit(code))
     time.sleep(_RANK_0_SPEAKS_WITHIN_S)
