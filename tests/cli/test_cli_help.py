@@ -73,3 +73,9 @@ def test_every_command_has_a_module() -> None:
 def test_missing_arguments_are_a_usage_error(name: str, tmp_path: Path) -> None:
     """A command without its arguments ends with 2 and names what is missing."""
     assert "RUN" in refuse(2, name, cwd=tmp_path)
+
+
+def test_a_command_with_a_slip_is_told_its_name(tmp_path: Path) -> None:
+    """A name that nearly is one is answered with it; nothing is guessed for others."""
+    assert "No such command 'trian'; did you mean 'train'?" in refuse(2, "trian", "digits", cwd=tmp_path)
+    assert "did you mean" not in refuse(2, "xyzzy", cwd=tmp_path)
