@@ -37,6 +37,7 @@ from distbp.closer_look import CloserLook
 from distbp.data import ReadAhead
 from distbp.divergence import diverged
 from distbp.errors import TransportError
+from distbp.evaluation import EVALUATION_BATCH
 from distbp.exchange import BucketExchange, Piece, bucket_starts, cut_pieces, probe_bucket_bytes
 from distbp.fault_points import FaultPoints
 from distbp.job import (
@@ -77,6 +78,9 @@ Array = NDArray[Any]
 
 FLOAT_BYTES = 4
 
+LAST_DEADLINE_S = 300.0
+"""Seconds to wait for others when the last step is done: rank 0 takes hashes of the whole state."""
+
 
 class Worker:
     """One worker in one call of `fit`; `run` returns whether the run was stopped before its last step."""
@@ -87,6 +91,9 @@ class Worker:
         self.arena = seat.arena
         self.arena.barrier.first_rank = host_ranks(seat.host_sizes, seat.host).start
         self.first, self.last = split_range(job.micro_batches, seat.size, seat.rank)
+        # Whoever has nothing left to evaluate waits for somebody's batch.
+        least = job.micro_batches // seat.size * job.micro_batch
+        self._steps_of_a_batch = max(1.0, EVALUATION_BATCH / least)
         self.durations: list[float] = []
         self.step = 0
         self._lost_at = 0
@@ -252,8 +259,11 @@ class Worker:
             due = self.after.is_due(self.step) or bool(self._flags.any())
             if due and self.arena.done < self.step:
                 save = bool(self._flags[1])
+                self._be_patient(self._steps_of_a_batch)
                 self.after.finish(self.step, save=save, stop=stop, transport=self._transport)
+                self._be_patient(1.0)
             if stop or self.step >= job.total_steps:
+                self._set_deadlines(LAST_DEADLINE_S)
                 if self.seat.local_rank == 0:
                     self.after.keep_ledger(self._transport)
                 self._result = (
@@ -264,8 +274,13 @@ class Worker:
             begun = time.perf_counter()
             self._make_step()
             self.durations.append(time.perf_counter() - begun)
-            if self.seat.patience_s is not None and (due or len(self.durations) % 8 == 1):
-                self._set_deadlines(max(self.seat.patience_s, 5 * max(self.durations[-64:])))
+            if len(self.durations) % 8 == 1:
+                self._be_patient(1.0)
+
+    def _be_patient(self, steps: float) -> None:
+        """Wait from now on for others as long as five times so many of the slowest recent steps take."""
+        if self.seat.patience_s is not None and self.durations:
+            self._set_deadlines(max(self.seat.patience_s, 5 * steps * max(self.durations[-64:])))
 
     def _set_deadlines(self, seconds: float) -> None:
         """Say how long this worker waits for others before it takes them for lost."""
