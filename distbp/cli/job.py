@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -40,6 +40,10 @@ from distbp.metrics.lr_range import RangeTest
 from distbp.nn import BinaryCrossEntropy, Loss, build_loss, build_model
 from distbp.optim import OPTIMIZERS, Averaged, Optimizer, Schedule
 from distbp.trainer import History, Trainer
+
+if TYPE_CHECKING:
+    from distbp.backends.base import Admission
+    from distbp.run_directory import RunDirectory
 
 __all__ = [
     "PackedJob",
@@ -272,6 +276,22 @@ def pack_job(config: Config, prepared: Prepared, out: str, test: RangeTest | Non
     content = json.dumps(settings | {"datasets": described}).encode()
     descriptor, description = pack({"job": np.frombuffer(content, np.uint8), **arrays})
     return PackedJob({"kind": "job", "data": description}, descriptor)
+
+
+def run_local(config: Config, nproc: int, packed: PackedJob, admitted: tuple[RunDirectory, Admission]) -> int:
+    """Let `nproc` local workers do a packed job; return the exit code."""
+    from distbp.backends.local import LocalJob
+
+    return LocalJob(
+        [],
+        nproc,
+        threads=config.run.threads,
+        max_restarts=config.run.max_restarts,
+        join_timeout_s=config.run.join_timeout_s,
+        job=packed.message,
+        descriptor=packed.descriptor,
+        admitted=admitted,
+    ).run()
 
 
 def fit_job(message: dict[str, Any], descriptor: int) -> History:

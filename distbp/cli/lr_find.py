@@ -59,7 +59,7 @@ def _for_test(config: Config, prepared: Prepared, test: RangeTest, out: str) -> 
 
 def _train(config: Config, prepared: Prepared, test: RangeTest, backend: str, nproc: int) -> int:
     """Make the steps; return the exit code, which is 75 where the loss exploded before the last step."""
-    from distbp.cli.job import build_trainer, fit, fit_options, pack_job, run_name
+    from distbp.cli.job import build_trainer, fit, fit_options, pack_job, run_local, run_name
     from distbp.errors import Stopped
 
     prepared = replace(prepared, validation=None)
@@ -70,7 +70,6 @@ def _train(config: Config, prepared: Prepared, test: RangeTest, backend: str, np
         except Stopped:
             return Stopped.exit_code
         return 0
-    from distbp.backends.local import LocalJob
     from distbp.run_directory import RunDirectory
 
     trainer = build_trainer(config, prepared.preprocessing)
@@ -80,16 +79,7 @@ def _train(config: Config, prepared: Prepared, test: RangeTest, backend: str, np
     run = RunDirectory.open(plan.out, run_name(config))
     try:
         packed = pack_job(config, prepared, out, test)
-        return LocalJob(
-            [],
-            nproc,
-            threads=config.run.threads,
-            max_restarts=config.run.max_restarts,
-            join_timeout_s=config.run.join_timeout_s,
-            job=packed.message,
-            descriptor=packed.descriptor,
-            admitted=(run, run.admit(plan)),
-        ).run()
+        return run_local(config, nproc, packed, (run, run.admit(plan)))
     finally:
         run.close()
 

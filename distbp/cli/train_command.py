@@ -123,7 +123,7 @@ def read_config(
 
 def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
     """Check what is left to check, start the workers, and say how it ended."""
-    from distbp.cli.job import build_trainer, completed, fit, fit_options, pack_job, run_name
+    from distbp.cli.job import build_trainer, completed, fit, fit_options, pack_job, run_local, run_name
     from distbp.cli.outcome import describe_plan, report
     from distbp.run_directory import RunDirectory
 
@@ -146,20 +146,7 @@ def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
             run.close()
             fit(config, prepared, out)
             return report(Path(out), prepared.validation)
-        from distbp.backends.local import LocalJob
-
-        packed = pack_job(config, prepared, out)
-        job = LocalJob(
-            [],
-            nproc,
-            threads=config.run.threads,
-            max_restarts=config.run.max_restarts,
-            join_timeout_s=config.run.join_timeout_s,
-            job=packed.message,
-            descriptor=packed.descriptor,
-            admitted=(run, admission),
-        )
-        code = job.run()
+        code = run_local(config, nproc, pack_job(config, prepared, out), (run, admission))
     finally:
         run.close()
     return report(Path(out), prepared.validation) if code == 0 else code

@@ -181,33 +181,37 @@ def learning_rate_too_low(history: History) -> Finding | None:
 
 def dead_units(history: History) -> Finding | None:
     """Half of the rectified units of a layer give 0 whatever comes, so no gradient reaches their weights."""
-    idle = _mostly_inactive(history, "ReLU")
-    if not idle:
-        return None
-    shares = ", ".join(f"{share:.0%} of layer {layer}" for layer, share in idle.items())
-    return Finding(
+    return _inactive(
         "dead_units",
-        history.looks[-1].step,
-        f"units are dead, they give 0 for every sample and learn no more: {shares}",
+        history,
+        ("ReLU",),
+        "units are dead, they give 0 for every sample and learn no more",
         "begin anew with a lower optimizer.lr, or with model.activation=leaky_relu",
-        {"inactive": idle},
     )
 
 
 def saturated_units(history: History) -> Finding | None:
     """Half of the S-shaped units of a layer stay at an end of their range, where the slope is nearly 0."""
-    idle = _mostly_inactive(history, "Sigmoid") | _mostly_inactive(history, "Tanh")
-    if not idle:
-        return None
-    shares = ", ".join(f"{share:.0%} of layer {layer}" for layer, share in idle.items())
-    return Finding(
+    return _inactive(
         "saturated_units",
-        history.looks[-1].step,
-        f"units are saturated, they stay at an end of their range whatever comes, and hardly learn: {shares}",
+        history,
+        ("Sigmoid", "Tanh"),
+        "units are saturated, they stay at an end of their range whatever comes, and hardly learn",
         "normalise the data (data.normalize=auto), begin with smaller weights or a lower optimizer.lr, "
         "or set model.activation=relu",
-        {"inactive": idle},
     )
+
+
+def _inactive(
+    name: str, history: History, kinds: tuple[str, ...], message: str, remedy: str
+) -> Finding | None:
+    """Return a finding if half of the units, or more, of a layer of these kinds are inactive."""
+    shares = history.looks[-1].inactive if history.looks else {}
+    idle = {layer: share for layer, share in shares.items() if layer.endswith(kinds) and share >= 0.5}
+    if not idle:
+        return None
+    named = ", ".join(f"{share:.0%} of layer {layer}" for layer, share in idle.items())
+    return Finding(name, history.looks[-1].step, f"{message}: {named}", remedy, {"inactive": idle})
 
 
 def loss_spike(history: History) -> Finding | None:
@@ -381,12 +385,6 @@ def _median_change(look: Look, weights: tuple[str, ...]) -> float:
     """Return the median over the weights of the share that the step changed them by; 0: nothing is known."""
     changes = [look.update_ratio[name] for name in weights if name in look.update_ratio]
     return statistics.median(changes) if changes else 0.0
-
-
-def _mostly_inactive(history: History, kind: str) -> dict[str, float]:
-    """Return the layers of a kind in which half of the units, or more, are inactive, with the share."""
-    shares = history.looks[-1].inactive if history.looks else {}
-    return {layer: share for layer, share in shares.items() if layer.endswith(kind) and share >= 0.5}
 
 
 def _still(values: Sequence[float | None]) -> bool:

@@ -9,7 +9,8 @@ multiply, go on while they are in the cache.  All of it depends on the shape of 
 
 Not here: other forms of the same function (Winograd, sums of shifted products, FFT), which are faster for
 some shapes and round differently.  Columns of x are not kept for backward, because they take kh*kw times the
-memory of the activations; with stride 1 it needs none of them, for the columns of dy give dx and dW.
+memory of the activations.  With stride 1 the columns of dy give dx, and dW as well where they are not the
+larger ones.
 
 Legend: G micro-batches, b samples, n samples of a part, H W places, C channels, O outputs, g groups,
 K = kh*kw*C/g, R rows of columns.
