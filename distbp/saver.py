@@ -59,7 +59,7 @@ LONGEST_S = 20.0
 
 ERRORS_IN_A_ROW = 3
 NO_PROGRESS_S = 240.0
-"""The others hear from a worker that waits for its disk; so it is this one that gives up and names the disk."""
+"""The others hear from a worker that waits for its disk, so it is this one that gives up and names it."""
 
 CHECK_ELEMENTS = 1 << 18
 
