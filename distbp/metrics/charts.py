@@ -72,12 +72,14 @@ def chart(
     x_label: str,
     unit: str = "",
     zero: bool = False,
+    linear: bool = False,
     note: str = "",
 ) -> str:
     """Return a figure with the curves that have points; empty if none has.
 
     The horizontal axis goes from 0 to `x_last`, so that charts of one run can be compared by eye.  `unit`
-    stands behind the title; `zero` makes the vertical axis begin at zero.
+    stands behind the title; `zero` makes the vertical axis begin at zero, `linear` keeps it from being
+    logarithmic where values differ much.
     """
     finite = [_finite(curve) for curve in curves]
     lost = sum(len(curve.points) for curve in curves) - sum(len(curve.points) for curve in finite)
@@ -85,7 +87,7 @@ def chart(
     if not shown:
         return ""
     values = [y for curve in shown for _, y in curve.points]
-    log = not zero and min(values) > 0 and max(values) / min(values) > _LOG_FROM
+    log = not (zero or linear) and min(values) > 0 and max(values) / min(values) > _LOG_FROM
     marks = _log_ticks(min(values), max(values)) if log else ticks(*_span(values, zero))
     left = 10 + _LETTER * max(len(compact(mark)) for mark in marks)
     low, high = min([*marks, *values]), max([*marks, *values])

@@ -90,6 +90,7 @@ def _strips(records: Sequence[Record], field: str, title: str, meaning: str) -> 
     rows = {name: [_level(values.get(name), plain) for values in there] for name in names}
     levels = [level for row in rows.values() for level in row if level is not None]
     low, high = (0.0, 1.0) if plain else (min(levels, default=0.0), max(levels, default=0.0))
+    long = "tall" if len(rows) > _MOST_ROWS else "short"
     ends = ("0 %", "100 %") if plain else (figure(10**low), figure(10**high))
     body = ""
     for name, row in rows.items():
@@ -100,7 +101,7 @@ def _strips(records: Sequence[Record], field: str, title: str, meaning: str) -> 
     return (
         f'<div class="card"><strong>{title}</strong> '
         f'<small>{meaning}; <span class="nowrap">{ends[0]}{scale_bar()}{ends[1]}</span></small>'
-        f'<div class="tall"><div class="layers">{body}</div></div></div>'
+        f'<div class="{long}"><div class="layers">{body}</div></div></div>'
     )
 
 

@@ -51,7 +51,7 @@ def figure(number: float | str | None) -> str:
     size = abs(value)
     if size >= 1000:
         return f"{value:,.0f}"
-    if size and size < 1e-3:
+    if size and float(f"{size:.3g}") < 1e-3:  # A rate of nearly 0.001 is no 1.00e-03.
         return f"{value:.2e}"
     return f"{value:.4g}"
 
