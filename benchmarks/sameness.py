@@ -3,10 +3,11 @@
 The number of micro-batches decides how many workers can give the same bits, and what a step costs:
 smaller products, and more gradients to add.  Two workers of one thread, `distbp train` itself, runs that
 alternate.  `price` is the median over that with 2 micro-batches of the same kernel, `cpu price` the same
-of the processor time.  `joined` says whether rows of several micro-batches may go into one product where
-a probe shows the same bits (`distbp/nn/product.py`).  For the rows without, a file that Python imports at
-its start takes the probe's answer away; distbp has no key for it.  The kernels are those of OpenBLAS: the
-one that it takes by itself, and the one of a processor without AVX-512.
+of the processor time.  `joined` says whether rows of several micro-batches may go into one product, and
+gradients of weights be made in pieces, where a probe shows the same bits (`distbp/nn/product.py`).  For
+the rows without, a file that Python imports at its start takes the probes' answers away; distbp has no
+key for it.  The kernels are those of OpenBLAS: the one that it takes by itself, and the one of a
+processor without AVX-512.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ KERNELS = {"own": None, "Haswell": "Haswell"}
 NEVER_JOINED = """from distbp.nn import product
 
 product.keeps_bits = lambda *shape: False
+product.cut_product = lambda *shape: ()
 """
 
 

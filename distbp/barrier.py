@@ -29,8 +29,8 @@ import os
 import platform
 import sys
 import threading
-import time
 
+from distbp.deadline import Deadline
 from distbp.errors import WorkerLost
 
 __all__ = [
@@ -138,7 +138,7 @@ class Barrier:
             os.sched_yield()
             if words[line] >= number:
                 return
-        until, progress = time.monotonic() + self.deadline_s, self._progress_of(line)
+        deadline, progress = Deadline(self.deadline_s), self._progress_of(line)
         while True:
             words[line + _SLEEPERS] = 1
             seen = words[line]
@@ -146,10 +146,10 @@ class Barrier:
                 return
             self.look()
             nap(self._address + 4 * line, seen)
-            if words[line] < number and time.monotonic() > until:
+            if words[line] < number and deadline.is_over():
                 before, progress = progress, self._progress_of(line)
                 if progress != before:
-                    until = time.monotonic() + self.deadline_s
+                    deadline.renew()
                     continue
                 raise WorkerLost(
                     f"waited {self.deadline_s:g} s for worker {self.first_rank + other} of the same host, "

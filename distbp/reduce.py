@@ -33,8 +33,9 @@ already rounds).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +43,11 @@ from numpy.typing import NDArray
 from distbp.partition import round_up, split_range
 from distbp.transports.base import Transport
 
-__all__ = ["LaneReduction", "MicroBatchSum", "TreeSum", "aligned_blocks", "tree_total"]
+__all__ = ["LaneReduction", "LeafInPieces", "MicroBatchSum", "TreeSum", "aligned_blocks", "tree_total"]
 
 Array = NDArray[Any]
 Leaf = Callable[[int, int, Array], None]
+Piece = tuple[slice, slice]
 
 SMALL_ELEMENTS = 1 << 16
 """A tensor whose stacked leaves hold at most this many elements is added row-wise in one go: two or three
@@ -55,8 +57,32 @@ CHUNK_ELEMENTS = 1 << 16
 """A lane is added in chunks of this many elements, so that the chunk of every worker is still in the second
 level cache when the next merge needs it (64 Ki float32 are 256 KiB)."""
 
+PIECE_BYTES = 1 << 21
+"""Memory for the stacked leaves of one piece of a tensor: they stay in the cache until they are added."""
+
+MOST_STACKED = 8
+"""Leaves of a piece that are written in one call."""
+
 SLICE_ALIGNMENT = 16
 """Slices of a lane that go to different hosts start at multiples of 16 elements: whole cache lines."""
+
+
+@runtime_checkable
+class LeafInPieces(Protocol):
+    """A leaf of a matrix that is also written piece by piece, with the same bits.
+
+    Gradients of large weights from small micro-batches take longer to write, read and add than to compute.
+    So many of them as fit the cache are made of one piece, and added there, before the next piece comes.
+    """
+
+    def __call__(self, lo: int, hi: int, out: Array, /) -> None:
+        """Write the whole gradients of local micro-batches `[lo, hi)`, shape (hi - lo, rows, columns)."""
+
+    def pieces(self, most: int) -> Sequence[Piece]:
+        """Return rows and columns that cover the matrix, of `most` elements or fewer; none: better whole."""
+
+    def write(self, piece: Piece, lo: int, hi: int, out: Array, /) -> None:
+        """Write the rows and columns of `piece` alone."""
 
 
 def aligned_blocks(start: int, stop: int) -> list[tuple[int, int]]:
@@ -155,19 +181,35 @@ class MicroBatchSum:
         for (start, count), vector in zip(self.blocks, self.vectors, strict=True):
             target = vector[offset : offset + size].reshape(shape)
             if not small or self.count == 1:
-                self._add_leaves(leaf, start, count, target)
+                self._add_block(leaf, start, count, target)
             else:
                 _add_rows(rows[start : start + count], target)
 
-    def _add_leaves(self, leaf: Leaf, start: int, count: int, target: Array) -> None:
-        """Write the sum of `count` (a power of two) leaves into `target`, halves first."""
+    def _add_block(self, leaf: Leaf, start: int, count: int, target: Array) -> None:
+        """Write the sum of `count` (a power of two) leaves of a large tensor into `target`."""
+        if count > 1 and isinstance(leaf, LeafInPieces):
+            stacked = min(count, MOST_STACKED)
+            if pieces := leaf.pieces(PIECE_BYTES // (stacked * target.itemsize)):
+                for piece in pieces:
+                    write = functools.partial(leaf.write, piece)
+                    self._add_leaves(write, start, count, target[piece], stacked)
+                return
+        self._add_leaves(leaf, start, count, target, 1)
+
+    def _add_leaves(self, leaf: Leaf, start: int, count: int, target: Array, stacked: int) -> None:
+        """Write the sum of `count` (a power of two) leaves into `target`; a call writes up to `stacked`."""
         if count == 1:
             leaf(start, start + 1, target[None])
             return
+        if count <= stacked:
+            rows = self._spare(-1, count * target.size).reshape(count, *target.shape)
+            leaf(start, start + count, rows)
+            _add_rows(rows, target)
+            return
         half = count // 2
-        self._add_leaves(leaf, start, half, target)
+        self._add_leaves(leaf, start, half, target, stacked)
         right = self._spare(half, target.size).reshape(target.shape)
-        self._add_leaves(leaf, start + half, half, right)
+        self._add_leaves(leaf, start + half, half, right, stacked)
         np.add(target, right, out=target)
 
     def _spare(self, level: int, size: int) -> Array:

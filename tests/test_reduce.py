@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distbp import reduce
 from distbp.partition import split_range
 from distbp.reduce import LaneReduction, MicroBatchSum, TreeSum, aligned_blocks, tree_total
 from distbp.transports.threads import Hub
@@ -47,6 +48,49 @@ def worker_blocks(leaves, start, stop, size):
 
     adder.collect(0, (size,), leaf)
     return vectors
+
+
+class InPieces:
+    """Leaves of a matrix in pieces of two rows and three columns; `told` notes what was asked for."""
+
+    def __init__(self, leaves, start):
+        self.leaves, self.start, self.told = leaves, start, []
+
+    def __call__(self, low, high, out):
+        """Write whole leaves."""
+        self.write((slice(None), slice(None)), low, high, out)
+
+    def pieces(self, most):
+        """Cut the matrix, whatever the cache holds."""
+        rows, columns = self.leaves[0].shape
+        cuts = (
+            [slice(row, row + 2) for row in range(0, rows, 2)],
+            [slice(c, c + 3) for c in range(0, columns, 3)],
+        )
+        return list(itertools.product(*cuts))
+
+    def write(self, piece, low, high, out):
+        """Write one piece of some leaves."""
+        self.told.append((piece, low, high))
+        for row, local in enumerate(range(low, high)):
+            out[row] = self.leaves[self.start + local][piece]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 4), (0, 64), (3, 20), (5, 8)])
+def test_a_sum_in_pieces_has_the_bits_of_the_whole_sum(monkeypatch, start, stop):
+    """Blocks of more than one leaf are made piece by piece, several leaves in a call, by the same tree."""
+    monkeypatch.setattr(reduce, "SMALL_ELEMENTS", 0)
+    leaves = [leaf.reshape(5, 7) for leaf in make_leaves(stop, 35)]
+    leaf = InPieces(leaves, start)
+    vectors = [np.full(40, np.nan, np.float32) for _ in aligned_blocks(start, stop)]
+    MicroBatchSum(start, stop, vectors).collect(3, (5, 7), leaf)
+    for (first, count), vector in zip(aligned_blocks(start, stop), vectors, strict=True):
+        assert same_bits(vector[3:38].reshape(5, 7), tree_total(np.array(leaves[first : first + count])))
+        assert np.isnan(vector[:3]).all()
+        assert np.isnan(vector[38:]).all()
+    in_pieces = [high - low for piece, low, high in leaf.told if piece != (slice(None), slice(None))]
+    assert max(in_pieces, default=1) <= reduce.MOST_STACKED
+    assert bool(in_pieces) == any(count > 1 for _, count in aligned_blocks(start, stop))
 
 
 @given(st.integers(0, 200), st.integers(0, 200))

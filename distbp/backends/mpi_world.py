@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp.backends.mpi import check_launcher, import_mpi
+from distbp.deadline import Deadline
 from distbp.errors import TransportError
 
 __all__ = ["MPIWorld", "loaded_library"]
@@ -141,13 +142,13 @@ class MPIWorld:
     def _wait(self, pending: dict[int, list[Any]], timeout_s: float, *, naps: bool) -> None:
         """Poll until every request is complete; after the deadline, name the ranks whose requests are not."""
         requests = [request for several in pending.values() for request in several]
-        until, nap = time.monotonic() + timeout_s, _FIRST_NAP_S
+        deadline, nap = Deadline(timeout_s), _FIRST_NAP_S
         for poll in range(1 << 62):
             if self._mpi.Request.Testall(requests):
                 return
             if poll < _CLOSE_POLLS:
                 continue
-            if time.monotonic() > until:
+            if deadline.is_over():
                 self._given_up += requests
                 late = [rank for rank, several in pending.items() if not self._mpi.Request.Testall(several)]
                 whom = ", ".join(self.names[rank] for rank in late)

@@ -15,7 +15,7 @@ import numpy as np
 from distbp.errors import ConfigError
 from distbp.nn import initial as start
 from distbp.nn.layer import Array, Context, Initial, Layer, Parameter, Shape
-from distbp.nn.product import rows_times_matrix, rows_times_transpose, sum_of_rows, transpose_times_rows
+from distbp.nn.product import TransposeTimesRows, rows_times_matrix, rows_times_transpose, sum_of_rows
 
 __all__ = ["Linear"]
 
@@ -81,7 +81,7 @@ class Linear(Layer):
         dy_GbO = self._dy_GbO = self._rows(dy)
         if self.has_bias:
             self.bias.collect(self._bias_leaf)
-        self.weight.collect(self._weight_leaf)
+        self.weight.collect(TransposeTimesRows(self._x_GbI, dy_GbO))
         if not want_dx:
             return None
         dx_GbI = self.buffer("dx", self._x_GbI.shape, dy_GbO.dtype)
@@ -91,9 +91,6 @@ class Linear(Layer):
     def _rows(self, x: Array) -> Array:
         """Return (G, b, *S, F) as (G, rows, F)."""
         return x.reshape(x.shape[0], -1, x.shape[-1])
-
-    def _weight_leaf(self, lo: int, hi: int, out_GIO: Array) -> None:
-        transpose_times_rows(self._x_GbI[lo:hi], self._dy_GbO[lo:hi], out_GIO)
 
     def _bias_leaf(self, lo: int, hi: int, out_GO: Array) -> None:
         if self._joins_rows:

@@ -20,7 +20,7 @@ from distbp.errors import ConfigError, DataError
 from distbp.nn.layer import Array, Context, Layer, Parameter, Shape, Sink, Statistic
 from distbp.nn.layout import Layout, arrange
 from distbp.nn.losses import Loss, Sums
-from distbp.nn.product import keeps_bits
+from distbp.nn.product import forget_probes
 
 __all__ = ["Network", "walk"]
 
@@ -37,7 +37,7 @@ class Network:
     """
 
     def __init__(self, layer: Layer, input_shape: Shape, loss: Loss) -> None:
-        keeps_bits.cache_clear()  # BLAS may have another number of threads by now.
+        forget_probes()  # BLAS may have another number of threads by now.
         _tell_places(layer)
         self.layer = layer
         self.loss = loss

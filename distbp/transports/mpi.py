@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distbp.deadline import Deadline
 from distbp.errors import TransportError
 from distbp.transports.base import TransportAborted
 
@@ -109,7 +110,7 @@ class MPITransport:
     def _wait(self, name: str, pending: list[tuple[int, Any]]) -> None:
         """Poll until every request is complete."""
         requests = [request for _, request in pending]
-        until = time.monotonic() + self.deadline_s
+        deadline = Deadline(self.deadline_s)
         nap = _FIRST_NAP_S
         for poll in range(1 << 62):
             if self._mpi.Request.Testall(requests):
@@ -118,7 +119,7 @@ class MPITransport:
                 continue
             if self._aborted:
                 raise TransportAborted(f"{name} on host {self._names[self.rank]} was aborted")
-            if time.monotonic() > until:
+            if deadline.is_over():
                 waiting = {host for host, request in pending if not request.Test()}
                 missing = ", ".join(f"host {self._names[host]}" for host in sorted(waiting))
                 raise TransportError(

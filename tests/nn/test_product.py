@@ -18,9 +18,9 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def forget():
     """Probe anew."""
-    product.keeps_bits.cache_clear()
+    product.forget_probes()
     yield
-    product.keeps_bits.cache_clear()
+    product.forget_probes()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -82,3 +82,55 @@ def test_rows_are_joined_where_that_keeps_the_bits(monkeypatch):
             patch.setattr(np, "matmul", note)
             product.rows_times_matrix(x, w, y)
         assert shapes.pop() == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("micro_batches", "b", "width", "outputs"), [(4, 16, 784, 512), (8, 8, 500, 333), (16, 12, 257, 512)]
+)
+def test_gradients_made_in_pieces_have_the_bits_of_whole_ones(micro_batches, b, width, outputs, dtype):
+    """On whatever kernel BLAS has here, and for all micro-batches at once or some."""
+    random = np.random.default_rng(2)
+    x = random.standard_normal((micro_batches, b, width)).astype(dtype)
+    dy = random.standard_normal((micro_batches, b, outputs)).astype(dtype)
+    leaf = product.TransposeTimesRows(x, dy)
+    whole = np.empty((micro_batches, width, outputs), dtype)
+    leaf(0, micro_batches, whole)
+    for most in (1 << 13, 1 << 15, 1 << 20):
+        covered = np.zeros((width, outputs), int)
+        for rows, columns in leaf.pieces(most):
+            part = np.empty_like(whole[2:, rows, columns])
+            assert part[0].size <= most
+            leaf.write((rows, columns), 2, micro_batches, part)
+            assert part.tobytes() == whole[2:, rows, columns].tobytes()
+            covered[rows, columns] += 1
+        assert covered.min() == covered.max()  # All once, or no pieces at all.
+
+
+def test_a_single_bit_is_enough_to_leave_a_gradient_whole(monkeypatch):
+    """Pieces of which one has one other bit are not taken: rows by the dozen come next, then none."""
+    wrong = set()
+
+    def matmul(a, b):
+        result = (a.astype(np.float64) @ b).astype(np.float32)
+        if result.shape in wrong:
+            result[-1, -1] = np.nextafter(result[-1, -1], np.float32(np.inf))
+        return result
+
+    def first_piece():
+        product.forget_probes()
+        pieces = product.cut_product(8, 512, 1024, "f", 1 << 15)
+        return [(part.stop - part.start) for part in pieces[0]] if pieces else None
+
+    monkeypatch.setattr(np, "matmul", matmul)
+    assert first_piece() == [64, 512]
+    wrong.add((64, 512))
+    assert first_piece() == [24, 1024]
+    wrong.add((512 % 24, 1024))
+    assert first_piece() is None
+
+
+def test_small_gradients_and_many_rows_stay_whole():
+    """One piece is no cut, and with many rows the product itself is what takes the time."""
+    assert product.cut_product(8, 64, 64, "f", 1 << 16) == ()
+    assert product.cut_product(product.FEW_ROWS + 1, 4096, 512, "f", 1 << 16) == ()
