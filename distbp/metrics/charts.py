@@ -95,7 +95,8 @@ def chart(
     x_axis = _x_axis(x_last, left)
     drawn = "".join(_draw(curve, x_axis, y_axis) for curve in shown)
     frame = _frame(x_axis, y_axis, marks, x_label)
-    lost_note = f"{lost} values that are not finite are left out" if lost else ""
+    what = "value that is not finite is" if lost == 1 else "values that are not finite are"
+    lost_note = f"{lost} {what} left out" if lost else ""
     legend = "".join(_legend(curve.name, curve.color, figure(curve.points[-1][1])) for curve in shown)
     return _figure(
         title,

@@ -266,17 +266,18 @@ def test_stacked_areas_lie_upon_each_other():
 
 def test_figures_are_short_and_true():
     """Figures keep four digits, and say what they cannot."""
-    values = (None, 0.0, 1234567.0, 0.12345, 0.9996e-3, 1e-7, "nan", float("inf"), "x")
+    values = (None, 0.0, 1234567.0, 0.12345, 0.9996e-3, 1e-7, 3.13e9, "nan", float("inf"), "x")
     assert [figure(value) for value in values] == [
-        "-", "0", "1,234,567", "0.1235", "0.0009996", "1.00e-07", "not a number", "infinite", "x",
+        "-", "0", "1,234,567", "0.1235", "0.0009996", "1.00e-07", "3.13e+09", "not a number", "infinite", "x",
     ]  # fmt: skip
-    assert [compact(value) for value in (0, 0.25, 1500, 2e6, 3e-5, 1.5e-7)] == [
+    assert [compact(value) for value in (0, 0.25, 1500, 2e6, 3e-5, 1.5e-7, 1e35)] == [
         "0",
         "0.25",
         "1.5k",
         "2M",
         "3e-5",
         "1.5e-7",
+        "1e35",
     ]
 
 
