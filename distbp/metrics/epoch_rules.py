@@ -128,8 +128,8 @@ def underfitting(history: History) -> Finding | None:
         f"the model fits not even the training samples: their loss of {last.loss:.3g} is "
         f"{last.loss / reference:.0%} of that of knowing nothing, and fell by "
         f"{max(0.0, 1 - last.loss / before.loss):.1%} in the last {window} epochs{unsure}",
-        "take a larger model (model.hidden, model.name), less optimizer.weight_decay, or other features; a loss "
-        "that still falls wants a higher optimizer.lr (distbp lr-find) or more train.epochs",
+        "take a larger model (model.hidden, model.name), less optimizer.weight_decay, or other features; a "
+        "loss that still falls wants a higher optimizer.lr (distbp lr-find) or more train.epochs",
         {"loss": last.loss, "reference": reference, "entropy": last.entropy},
     )
 
