@@ -65,7 +65,7 @@ def prefix_of(name):
 # ----- one host
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_all_ranks_give_one_report(mpi, ranks, tmp_path):
     """Any number of ranks gives one JSON document with launcher, library, ranks and cores, and no failure."""
     done = mpi.distbp(ranks, "doctor", "--json", "--out", tmp_path)
@@ -131,10 +131,11 @@ ODD_RANK = (
         ("os.environ['DISTBP_SEED'] = '5'", "settings.seed 0 and 5", "DISTBP_*"),
         ("os.environ['DISTBP_SEED'] = 'x'", "rank 1: environment DISTBP_SEED", "distbp config check"),
         ("os.environ['OPENBLAS_CORETYPE'] = 'Nehalem'", "blas.kernel", "OPENBLAS_CORETYPE"),
-        (
+        pytest.param(
             "os.environ['NPY_DISABLE_CPU_FEATURES'] = 'X86_V3 AVX2'",
             "cpu_features",
             "NPY_DISABLE_CPU_FEATURES",
+            marks=pytest.mark.slow,  # Compared as the kernel is.
         ),
     ],
 )
