@@ -20,7 +20,8 @@ IS_USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 PYTEST_ARGS ?= -m "not slow"
 
 # Tests wait much, so two files run at a time, also on one core; `make test PYTEST_WORKERS=` runs one.
-PYTEST_WORKERS ?= -n 2 --dist loadfile
+# The order of files is that of tests/conftest.py, long ones first.
+PYTEST_WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
