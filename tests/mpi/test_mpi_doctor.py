@@ -331,8 +331,15 @@ def test_hosts_are_compared_and_their_link_is_measured(hosts, flavour, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("out", ["/tmp", "/tmp/only-here"])
+@pytest.mark.parametrize(
+    ("flavour", "out"),
+    [
+        ("mpich", "/tmp"),
+        pytest.param("mpich", "/tmp/only-here", marks=pytest.mark.slow),
+        pytest.param("openmpi", "/tmp", marks=pytest.mark.slow),
+        ("openmpi", "/tmp/only-here"),
+    ],
+)
 def test_a_directory_that_hosts_do_not_share_fails(hosts, flavour, out, tmp_path):
     """Each host has a /tmp of its own: both the directory and one below it are refused, naming the host."""
     if out == "/tmp/only-here":
