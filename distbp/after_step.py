@@ -324,7 +324,12 @@ class AfterStep:
         self._waiting()
         metadata = self.job.metadata | {"world": world, "watched": watched}
         saved = self.saver.save(
-            step, tensors, metadata, self._waiting, lambda copies: self.check.accepts(step, copies)
+            step,
+            tensors,
+            metadata,
+            self._waiting,
+            lambda copies: self.check.accepts(step, copies),
+            changes=step < self.job.total_steps,
         )
         self._faults.reach(step, "save")
         return saved

@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from distbp.arena import Arena
 from distbp.exchange import Piece
 from distbp.job import ENTROPY, LOSS, SQUARES, WEIGHT, Job, epoch_ends_at
+from distbp.leaf import Leaf
 from distbp.metrics import noise
-from distbp.nn import Leaf, Sums
+from distbp.nn import Sums
 from distbp.nn.inactive import inactive_units
 from distbp.optim import norm
 

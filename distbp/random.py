@@ -19,27 +19,54 @@ from numpy.typing import NDArray
 __all__ = ["bernoulli", "normal", "raw_words", "uniform"]
 
 
-def raw_words(count: int, seed: int, purpose: str, step: int = 0, micro_batch: int = 0) -> NDArray[np.uint64]:
-    """Return `count` uniform 64-bit words of the stream keyed by `(seed, purpose, step, micro_batch)`."""
+_WORDS_OF_A_COUNTER = 4
+"""Words that Philox-4x64 makes of one value of its counter."""
+
+_BLOCK = 1 << 16
+"""Numbers that are worked on at once: what they need besides their result stays in the cache."""
+
+
+def raw_words(
+    count: int, seed: int, purpose: str, step: int = 0, micro_batch: int = 0, *, start: int = 0
+) -> NDArray[np.uint64]:
+    """Return uniform 64-bit words, `start` to `start + count`, of the stream of that key."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}/{micro_batch}".encode()).digest()
     key = np.frombuffer(digest[:16], dtype="<u8")
-    words: NDArray[np.uint64] = np.random.Philox(key=key).random_raw(count)
+    generator = np.random.Philox(key=key)
+    counter, skipped = divmod(start, _WORDS_OF_A_COUNTER)
+    if start:
+        generator.advance(counter)
+        generator.random_raw(skipped)
+    words: NDArray[np.uint64] = generator.random_raw(count)
     return words
 
 
 def uniform(count: int, seed: int, purpose: str, step: int = 0, micro_batch: int = 0) -> NDArray[np.float64]:
     """Return `count` float64 numbers in the open interval (0, 1), each the middle of one of 2^52 cells."""
-    words = raw_words(count, seed, purpose, step, micro_batch)
-    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    numbers = np.empty(count)
+    for low in range(0, count, _BLOCK):
+        high = min(low + _BLOCK, count)
+        numbers[low:high] = _fractions(raw_words(high - low, seed, purpose, step, micro_batch, start=low))
+    return numbers
 
 
 def normal(count: int, seed: int, purpose: str, step: int = 0, micro_batch: int = 0) -> NDArray[np.float64]:
     """Return `count` standard normal float64 numbers (Box and Muller, Ann. Math. Stat. 29, 1958)."""
+    key = seed, purpose, step, micro_batch
     pairs = (count + 1) // 2
-    u = uniform(2 * pairs, seed, purpose, step, micro_batch)
-    radius = np.sqrt(-2.0 * np.log(u[:pairs]))
-    angle = 2.0 * np.pi * u[pairs:]
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    numbers = np.empty(2 * pairs)
+    for low in range(0, pairs, _BLOCK):
+        high = min(low + _BLOCK, pairs)
+        radius = np.sqrt(-2.0 * np.log(_fractions(raw_words(high - low, *key, start=low))))
+        angle = 2.0 * np.pi * _fractions(raw_words(high - low, *key, start=pairs + low))
+        np.multiply(radius, np.cos(angle), out=numbers[low:high])
+        np.multiply(radius, np.sin(angle), out=numbers[pairs + low : pairs + high])
+    return numbers[:count]
+
+
+def _fractions(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return the middle of the cell of (0, 1) that each word falls into."""
+    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def bernoulli(

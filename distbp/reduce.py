@@ -34,20 +34,19 @@ already rounds).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distbp.leaf import Leaf, LeafInPieces
 from distbp.partition import round_up, split_range
 from distbp.transports.base import Transport
 
-__all__ = ["LaneReduction", "LeafInPieces", "MicroBatchSum", "TreeSum", "aligned_blocks", "tree_total"]
+__all__ = ["LaneReduction", "MicroBatchSum", "TreeSum", "aligned_blocks", "tree_total"]
 
 Array = NDArray[Any]
-Leaf = Callable[[int, int, Array], None]
-Piece = tuple[slice, slice]
 
 SMALL_ELEMENTS = 1 << 16
 """A tensor whose stacked leaves hold at most this many elements is added row-wise in one go: two or three
@@ -65,24 +64,6 @@ MOST_STACKED = 8
 
 SLICE_ALIGNMENT = 16
 """Slices of a lane that go to different hosts start at multiples of 16 elements: whole cache lines."""
-
-
-@runtime_checkable
-class LeafInPieces(Protocol):
-    """A leaf of a matrix that is also written piece by piece, with the same bits.
-
-    Gradients of large weights from small micro-batches take longer to write, read and add than to compute.
-    So many of them as fit the cache are made of one piece, and added there, before the next piece comes.
-    """
-
-    def __call__(self, lo: int, hi: int, out: Array, /) -> None:
-        """Write the whole gradients of local micro-batches `[lo, hi)`, shape (hi - lo, rows, columns)."""
-
-    def pieces(self, most: int) -> Sequence[Piece]:
-        """Return rows and columns that cover the matrix, of `most` elements or fewer; none: better whole."""
-
-    def write(self, piece: Piece, lo: int, hi: int, out: Array, /) -> None:
-        """Write the rows and columns of `piece` alone."""
 
 
 def aligned_blocks(start: int, stop: int) -> list[tuple[int, int]]:

@@ -123,24 +123,24 @@ class Saver:
         metadata: dict[str, Any],
         waiting: Callable[[], None] = lambda: None,
         accept: Callable[[Mapping[str, NDArray[Any]]], bool] = lambda copies: True,
+        *,
+        changes: bool = True,
     ) -> bool:
         """Copy the state and begin to write it; wait for a save that is still in flight (see `wait`).
 
-        Returns False, and nothing is written, if `accept` does not take the copies.
+        Returns False, and nothing is written, if `accept` does not take the copies.  A state that never
+        `changes` any more, that of a finished run, is written as it lies there.
         """
         self.wait(waiting)
         now = time.monotonic()
         since_last, self._begun = now - self._begun, now
-        for name, tensor in tensors.items():
-            if name not in self._copies:
-                self._copies[name] = np.empty_like(tensor, order="C")
-            np.copyto(self._copies[name], tensor)
-        if not accept(self._copies):
+        state = self._copied(tensors) if changes else dict(tensors)
+        if not accept(state):
             return False
-        snapshot = checkpoint.Snapshot(step=step, tensors=dict(self._copies), metadata=metadata)
+        snapshot = checkpoint.Snapshot(step=step, tensors=state, metadata=metadata)
         # Checked once, written once, and the older ones that stay are read before any is removed.
         passes = 2 + max(self._keep - 1, 0)
-        size = sum(copy.nbytes for copy in self._copies.values()) * passes
+        size = sum(tensor.nbytes for tensor in state.values()) * passes
         self._pace = Pace(size, min(LONGEST_S, since_last / 2))
         self._warned = False
         stalled = time.monotonic() - now
@@ -150,6 +150,14 @@ class Saver:
         )
         self._thread.start()
         return True
+
+    def _copied(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return copies; from the second save on they are the same memory."""
+        for name, tensor in tensors.items():
+            if name not in self._copies:
+                self._copies[name] = np.empty_like(tensor, order="C")
+            np.copyto(self._copies[name], tensor)
+        return dict(self._copies)
 
     def wait(self, waiting: Callable[[], None] = lambda: None) -> None:
         """Return when no save is in flight; let it hurry, and call `waiting` twice a second.

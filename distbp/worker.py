@@ -63,7 +63,8 @@ from distbp.job import (
     epoch_ends_at,
 )
 from distbp.lane import Lane
-from distbp.nn import Context, Leaf, Parameter
+from distbp.leaf import Leaf
+from distbp.nn import Context, Parameter
 from distbp.optim import norm
 from distbp.partition import split_range
 from distbp.reduce import LaneReduction, MicroBatchSum

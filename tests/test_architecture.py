@@ -88,7 +88,7 @@ DRAWING = (
         ("transports", "partition", "random", "barrier", "environment", "cgroups", "fault_points"),
     ),
     ("the run description", ("config", "config_check", "config_read", "config_schema", "config_write")),
-    ("the ground", ("crc", "deadline", "errors", "terminal")),
+    ("the ground", ("crc", "deadline", "errors", "leaf", "terminal")),
 )
 """Layers from the top down.  A module imports from its own layer and from those below, never from above.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from distbp import random
 from distbp.random import normal, raw_words, uniform
 
 
@@ -25,6 +27,22 @@ def test_every_part_of_the_key_counts():
 def test_a_longer_draw_begins_like_a_shorter_one():
     """Words and uniform numbers do not depend on how many are asked for."""
     assert uniform(5, 3, "x").tolist() == uniform(9, 3, "x")[:5].tolist()
+
+
+def test_a_stream_may_be_entered_anywhere():
+    """Words from the middle are those that a draw from the beginning would come to."""
+    words = raw_words(40, 4, "x").tolist()
+    for start in range(12):
+        assert raw_words(9, 4, "x", start=start).tolist() == words[start : start + 9]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 127, 128, 129, 1000])
+def test_the_size_of_blocks_changes_no_bit(monkeypatch, count):
+    """Numbers that are made block by block are those that are made at once."""
+    whole = normal(count, 5, "w").tobytes(), uniform(count, 5, "w").tobytes()
+    monkeypatch.setattr(random, "_BLOCK", 64)
+    assert (normal(count, 5, "w").tobytes(), uniform(count, 5, "w").tobytes()) == whole
+    assert len(normal(count, 5, "w")) == count
 
 
 def test_the_distributions_have_their_moments():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbp import reduce
+from distbp.leaf import LeafInPieces
 from distbp.partition import split_range
 from distbp.reduce import LaneReduction, MicroBatchSum, TreeSum, aligned_blocks, tree_total
 from distbp.transports.threads import Hub
@@ -50,7 +51,7 @@ def worker_blocks(leaves, start, stop, size):
     return vectors
 
 
-class InPieces:
+class InPieces(LeafInPieces):
     """Leaves of a matrix in pieces of two rows and three columns; `told` notes what was asked for."""
 
     def __init__(self, leaves, start):

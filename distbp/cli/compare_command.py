@@ -141,7 +141,7 @@ def _lines(found: dict[str, Any], one: str, other: str) -> Iterator[str]:
     yield from _pairs("configuration", found["configuration"], one, other)
     yield from _pairs("environment", found["environment"], one, other)
     yield "results"
-    rows = [(name, *map(_shown, pair)) for name, pair in found["results"].items() if pair != [None, None]]
+    rows = [(name, *_shown_beside(pair)) for name, pair in found["results"].items() if pair != [None, None]]
     yield from _columns([("", one, other), *rows])
     curves = found["curves"]
     yield ""
@@ -150,7 +150,7 @@ def _lines(found: dict[str, Any], one: str, other: str) -> Iterator[str]:
     elif curves["differs_at"] is None:
         yield f"curves      the same at the ends of all epochs that both have, up to step {curves['same_to']}"
     else:
-        first, second = map(_shown, curves["loss"])
+        first, second = _shown_beside(curves["loss"])
         before = f"the same up to step {curves['same_to']}, " if curves["same_to"] else ""
         kind = "training" if curves["in"] == "train" else "validation"
         where = f"{before}differ first at step {curves['differs_at']}"
@@ -179,6 +179,12 @@ def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _shown_beside(pair: list[Any]) -> list[str]:
+    """Return two values as cells: numbers with six digits, and with all where those would look the same."""
+    one, other = (f"{value:.6g}" if isinstance(value, float) else _shown(value) for value in pair)
+    return [_shown(value) for value in pair] if one == other and pair[0] != pair[1] else [one, other]
 
 
 def _shown(value: Any) -> str:

@@ -55,6 +55,7 @@ __all__ = [
     "fit_job",
     "load_data",
     "pack_job",
+    "packed_data",
     "run_name",
     "with_task_defaults",
 ]
@@ -296,15 +297,25 @@ def run_local(config: Config, nproc: int, packed: PackedJob, admitted: tuple[Run
 
 def fit_job(message: dict[str, Any], descriptor: int) -> History:
     """Do the worker's part of a packed job; takes over the descriptor."""
-    arrays = attach(descriptor, message["data"])
+    settings, prepared = _unpack(message, descriptor)
     os.close(descriptor)
-    settings = json.loads(arrays["job"].tobytes())
     config = configuration.from_dict(settings["config"])
-    datasets = unpack_datasets(arrays, settings["datasets"])
-    preprocessing = Preprocessing.from_dict(settings["preprocessing"])
-    prepared = Prepared(datasets["train"], datasets.get("validation"), preprocessing)
     test = None if settings["test"] is None else RangeTest(**settings["test"])
     return fit(config, prepared, settings["out"], test)
+
+
+def packed_data(packed: PackedJob) -> Prepared:
+    """Return the data of a packed job where they lie, so that whoever packed them can let his own go."""
+    return _unpack(packed.message, packed.descriptor)[1]
+
+
+def _unpack(message: dict[str, Any], descriptor: int) -> tuple[dict[str, Any], Prepared]:
+    """Return the settings and the data of a packed job; the descriptor may be closed."""
+    arrays = attach(descriptor, message["data"])
+    settings = json.loads(arrays["job"].tobytes())
+    datasets = unpack_datasets(arrays, settings["datasets"])
+    preprocessing = Preprocessing.from_dict(settings["preprocessing"])
+    return settings, Prepared(datasets["train"], datasets.get("validation"), preprocessing)
 
 
 def _loss(config: Config, preprocessing: Preprocessing) -> Loss:

@@ -48,6 +48,9 @@ _HEAD = """Train neural networks on every core you have, with the same bits for 
 """
 
 
+_OPTIONS = {"suspects": "distbp evaluate RUN DATA --suspects 20"}
+"""What may be taken for a command, and what to type."""
+
 _RANK_0_SPEAKS_WITHIN_S = 10.0
 """How much later than another rank, at the most, rank 0 may start and still be heard."""
 
@@ -74,6 +77,7 @@ class _LazyGroup(click.Group):
 
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             cure = f"; did you mean {near[0]!r}?" if near else ""
+            cure = f"; it is an option: {_OPTIONS[name]}" if name in _OPTIONS else cure
             raise click.UsageError(f"No such command {name!r}{cure}", ctx)
         return super().resolve_command(ctx, args)
 

@@ -123,7 +123,16 @@ def read_config(
 
 def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
     """Check what is left to check, start the workers, and say how it ended."""
-    from distbp.cli.job import build_trainer, completed, fit, fit_options, pack_job, run_local, run_name
+    from distbp.cli.job import (
+        build_trainer,
+        completed,
+        fit,
+        fit_options,
+        pack_job,
+        packed_data,
+        run_local,
+        run_name,
+    )
     from distbp.cli.outcome import describe_plan, report
     from distbp.run_directory import RunDirectory
 
@@ -146,7 +155,9 @@ def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
             run.close()
             fit(config, prepared, out)
             return report(Path(out), prepared.validation)
-        code = run_local(config, nproc, pack_job(config, prepared, out), (run, admission))
+        packed = pack_job(config, prepared, out)
+        prepared = packed_data(packed)
+        code = run_local(config, nproc, packed, (run, admission))
     finally:
         run.close()
     return report(Path(out), prepared.validation) if code == 0 else code

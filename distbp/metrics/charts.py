@@ -72,12 +72,14 @@ def chart(
     x_label: str,
     unit: str = "",
     zero: bool = False,
+    linear: bool = False,
     note: str = "",
 ) -> str:
     """Return a figure with the curves that have points; empty if none has.
 
     The horizontal axis goes from 0 to `x_last`, so that charts of one run can be compared by eye.  `unit`
-    stands behind the title; `zero` makes the vertical axis begin at zero.
+    stands behind the title; `zero` makes the vertical axis begin at zero, `linear` keeps it from being
+    logarithmic where values differ much.
     """
     finite = [_finite(curve) for curve in curves]
     lost = sum(len(curve.points) for curve in curves) - sum(len(curve.points) for curve in finite)
@@ -85,7 +87,7 @@ def chart(
     if not shown:
         return ""
     values = [y for curve in shown for _, y in curve.points]
-    log = not zero and min(values) > 0 and max(values) / min(values) > _LOG_FROM
+    log = not (zero or linear) and min(values) > 0 and max(values) / min(values) > _LOG_FROM
     marks = _log_ticks(min(values), max(values)) if log else ticks(*_span(values, zero))
     left = 10 + _LETTER * max(len(compact(mark)) for mark in marks)
     low, high = min([*marks, *values]), max([*marks, *values])
@@ -93,7 +95,8 @@ def chart(
     x_axis = _x_axis(x_last, left)
     drawn = "".join(_draw(curve, x_axis, y_axis) for curve in shown)
     frame = _frame(x_axis, y_axis, marks, x_label)
-    lost_note = f"{lost} values that are not finite are left out" if lost else ""
+    what = "value that is not finite is" if lost == 1 else "values that are not finite are"
+    lost_note = f"{lost} {what} left out" if lost else ""
     legend = "".join(_legend(curve.name, curve.color, figure(curve.points[-1][1])) for curve in shown)
     return _figure(
         title,

@@ -4,19 +4,21 @@ Each rule is a pure function of the history (`history.py`) and returns a finding
 of what it can show: its evidence is part of the finding.  The limits are wide enough that healthy runs hear
 nothing; `docs/LOG.md` has the runs that they were chosen by.
 
-Rules later in `RULES` may stand for consequences of earlier ones: a loss that does not fall because the
-gradient vanishes is not called underfitting as well (`AFTER`).
+The rules that read ends of epochs stand in `epoch_rules.py`.  Rules later in `RULES` may stand for
+consequences of earlier ones: a loss that does not fall because the gradient vanishes is not called
+underfitting as well (`AFTER`).
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection
 
+from distbp.metrics.epoch_rules import overfitting, settled, underfitting
+from distbp.metrics.finding import STUCK, Finding
 from distbp.metrics.history import History, Look
+from distbp.metrics.words import share
 
 __all__ = ["RULES", "Finding", "batch_advice", "diagnose"]
 
@@ -25,23 +27,6 @@ _LOOKS = 3
 
 _FACTOR = 1000.0
 """How much the gradients of the first and the last weights may differ before it is no matter of shapes."""
-
-_TWO_MISTAKES = 10.0
-"""Nats that two answers cost which are surely wrong: with few samples that is chance."""
-
-_STUCK = 0.95
-"""A loss of this share of the reference, or more, has learned nothing."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A diagnosis: what is wrong since which step, how it shows, and what to do."""
-
-    name: str
-    step: int
-    message: str
-    remedy: str
-    evidence: dict[str, Any] = field(default_factory=dict)
 
 
 def diagnose(history: History, said: Collection[str]) -> list[Finding]:
@@ -64,7 +49,7 @@ def vanishing_gradient(history: History) -> Finding | None:
         return None
     weights = history.facts.weights
     typical = [_geometric_mean(column) for column in zip(*ratios, strict=True)]
-    small = [name for name, share in zip(weights, typical, strict=True) if share < 1 / _FACTOR]
+    small = [name for name, part in zip(weights, typical, strict=True) if part < 1 / _FACTOR]
     factor = 1 / typical[0]
     squashing = history.facts.kinds & {"Sigmoid", "Tanh", "Softmax"}
     remedy = (
@@ -125,12 +110,14 @@ def learning_rate_too_high(history: History) -> Finding | None:
     if shown is None:
         return None
     largest, lr = max(changes), max(look.lr for look in looks)
-    lower = _tenth(lr)
+    # What the first step changes goes with the rate, and a tenth may be far too high as well.
+    lower = float(f"{lr * 0.01 / changes[0]:.1g}") if changes[0] > 10 else _tenth(lr)
+    by = f"{_times(largest)} their size" if largest >= 2 else f"{share(largest)} of their size"
     return Finding(
         "learning_rate_too_high",
         history.step,
-        f"the learning rate of {lr:g} is too high: a step changed the weights by {largest:.1%} of their "
-        f"size, where 0.1 % to 1 % is usual, and {shown}",
+        f"the learning rate of {lr:g} is too high: a step changed the weights by {by}, "
+        f"where 0.1 % to 1 % is usual, and {shown}",
         f"begin anew with optimizer.lr={lower:g}; distbp lr-find measures which rate fits",
         {"lr": lr, "update_ratio": largest, "loss": looks[-1].loss, "first_loss": looks[0].loss},
     )
@@ -151,9 +138,19 @@ def _shown_by_the_loss(history: History, changes: list[float]) -> str | None:
         return f"the loss rose to {worst:.3g}, from {first:.3g} in the first step"
     if largest >= 0.02 and best <= 0.9 * reference and last >= reference:
         return f"the loss, once {best:.3g}, is back at {last:.3g}, and knowing nothing gives {reference:.3g}"
-    if largest >= 0.03 and len(looks) > _LOOKS and min(look.loss for look in looks[2:]) >= _STUCK * reference:
+    if largest >= 0.03 and len(looks) > _LOOKS and min(look.loss for look in looks[2:]) >= STUCK * reference:
         return f"the loss is {last:.3g}, and knowing nothing gives {reference:.3g}"
-    if min(changes[-_LOOKS:]) >= 0.03:
+    # So large a first step throws units where they learn no more; the biases of the last ones still do.
+    still = len(looks) > _LOOKS and abs(last - looks[-2].loss) <= 0.02 * last
+    if (
+        changes[0] >= 0.3
+        and still
+        and last > 0.5 * reference
+        and looks[-2].lr >= 0.25 * history.facts.peak_lr
+    ):
+        return f"the loss stands still at {last:.3g}, {last / reference:.0%} of that of knowing nothing"
+    # The one weight of a linear model may be small because that is right.
+    if len(history.facts.weights) > 1 and min(changes[-_LOOKS:]) >= 0.03:
         return f"the loss is {last:.3g}"
     return None
 
@@ -172,8 +169,8 @@ def learning_rate_too_low(history: History) -> Finding | None:
         "learning_rate_too_low",
         full[-1].step,
         f"the learning rate of {facts.peak_lr:g} is too low: no step changes any weights by more than "
-        f"{largest:.2%} of their size, where 0.1 % to 1 % is usual, and the loss of {full[-1].loss:.3g} is "
-        f"still {full[-1].loss / reference:.0%} of that of knowing nothing",
+        f"{share(largest)} of their size, where 0.1 % to 1 % is usual, and the loss of {full[-1].loss:.3g} "
+        f"is still {full[-1].loss / reference:.0%} of that of knowing nothing",
         f"begin anew with optimizer.lr={higher:g}; distbp lr-find measures which rate fits",
         {"lr": facts.peak_lr, "update_ratio": largest, "loss": full[-1].loss},
     )
@@ -207,10 +204,10 @@ def _inactive(
 ) -> Finding | None:
     """Return a finding if half of the units, or more, of a layer of these kinds are inactive."""
     shares = history.looks[-1].inactive if history.looks else {}
-    idle = {layer: share for layer, share in shares.items() if layer.endswith(kinds) and share >= 0.5}
+    idle = {layer: part for layer, part in shares.items() if layer.endswith(kinds) and part >= 0.5}
     if not idle:
         return None
-    named = ", ".join(f"{share:.0%} of layer {layer}" for layer, share in idle.items())
+    named = ", ".join(f"{part:.0%} of layer {layer}" for layer, part in idle.items())
     return Finding(name, history.looks[-1].step, f"{message}: {named}", remedy, {"inactive": idle})
 
 
@@ -226,96 +223,6 @@ def loss_spike(history: History) -> Finding | None:
         "if it comes again, set optimizer.clip_norm=1.0 or a lower optimizer.lr, and look for odd samples in "
         "the data (distbp evaluate --suspects)",
         {"loss": spike.loss, "usual": spike.usual},
-    )
-
-
-def overfitting(history: History) -> Finding | None:
-    """The validation loss is past its best while the training loss falls, and this is no chance or trifle.
-
-    Either it has stayed higher for two epochs, by more than two mistakes cost and by 2 % of the reference;
-    or the two are 10 % of the reference apart, and the training loss is less than half of it, or less than
-    three quarters while it has stayed 1.5 % higher for two epochs.
-    """
-    epochs = [epoch for epoch in history.epochs if epoch.validation_loss is not None]
-    losses = [float(epoch.validation_loss or 0.0) for epoch in epochs]
-    if len(losses) < 2:
-        return None
-    place = min(range(len(losses)), key=losses.__getitem__)
-    best, last, since = losses[place], losses[-1], len(losses) - 1 - place
-    if since == 0 or epochs[-1].loss > min(0.95 * epochs[place].loss, 0.9 * last):
-        return None
-    floor = max(0.02 * history.reference, _TWO_MISTAKES / max(history.facts.answers, 1))
-    lasting = min(losses[-2:]) - best if since > 1 else 0.0
-    # The farther apart, the less of a rise is waited for: the next epoch may bring more than all before.
-    share = epochs[-1].loss / last if last - epochs[-1].loss >= 0.1 * history.reference else 1.0
-    if lasting < max(0.03 * best, floor) and not (share <= 0.75 and lasting >= 0.015 * best) and share > 0.5:
-        return None
-    sure, before = epochs[-1].validation_entropy, epochs[place].validation_entropy
-    surer = sure is not None and before is not None and sure < before
-    entropy = f"; its answers grew surer all the same, to an entropy of {sure:.3g} nats" if surer else ""
-    return Finding(
-        "overfitting",
-        epochs[-1].step,
-        f"the model learns the training samples by heart: since step {epochs[place].step} the training loss "
-        f"fell from {epochs[place].loss:.3g} to {epochs[-1].loss:.3g}, and the validation loss rose from "
-        f"{best:.3g} to {last:.3g} ({last / best - 1:+.1%}){entropy}",
-        "stop near that step (train.max_steps), take a smaller model (model.hidden), more data or "
-        "augmentation (data.augment_noise), or set optimizer.weight_decay",
-        {"best_step": epochs[place].step, "best": best, "validation_loss": last, "loss": epochs[-1].loss},
-    )
-
-
-def underfitting(history: History) -> Finding | None:
-    """Half of what there was to learn is not learned, not even of the training samples, and no more is."""
-    epochs, reference = history.epochs, history.reference
-    window = max(2, len(epochs) // 3)
-    if len(epochs) < 6 or epochs[-1].step < 0.5 * history.facts.total_steps:
-        return None
-    last, before = epochs[-1], epochs[-1 - window]
-    if not (last.loss > 0.5 * reference and last.loss > 0.97 * before.loss):
-        return None
-    if last.validation_loss is not None and last.validation_loss > 1.2 * last.loss:
-        return None
-    unsure = ""
-    if last.entropy is not None and history.facts.classes is not None:
-        if last.entropy < 0.4 * reference:
-            return None
-        unsure = (
-            f"; the entropy of its answers is {last.entropy:.3g} nats, that of a guess among "
-            f"{history.facts.classes} classes {reference:.3g}"
-        )
-    return Finding(
-        "underfitting",
-        last.step,
-        f"the model fits not even the training samples: their loss of {last.loss:.3g} is "
-        f"{last.loss / reference:.0%} of that of knowing nothing, and fell by "
-        f"{max(0.0, 1 - last.loss / before.loss):.1%} in the last {window} epochs{unsure}",
-        "take a larger model (model.hidden, model.name), less optimizer.weight_decay, or other features",
-        {"loss": last.loss, "reference": reference, "entropy": last.entropy},
-    )
-
-
-def settled(history: History) -> Finding | None:
-    """Loss and entropy have not moved for five epochs and more, and a quarter of the run is still to come."""
-    facts, epochs = history.facts, history.epochs
-    planned = facts.total_steps * facts.batch_size / facts.samples
-    window = max(5, round(0.15 * planned))
-    if len(epochs) <= window or epochs[-1].step > 0.75 * facts.total_steps:
-        return None
-    recent = epochs[-1 - window :]
-    rows = (
-        [one.loss for one in recent],
-        [one.entropy for one in recent],
-        [one.validation_loss for one in recent],
-    )
-    if recent[-1].loss > 0.8 * history.reference or not all(_still(row) for row in rows):
-        return None
-    return Finding(
-        "settled",
-        epochs[-1].step,
-        f"the training has settled: in the last {window} epochs neither loss nor entropy moved by 1 %",
-        "stop here, or lower the learning rate (schedule.name=cosine)",
-        {"loss": recent[-1].loss, "entropy": recent[-1].entropy, "epochs": window},
     )
 
 
@@ -336,9 +243,12 @@ RULES: dict[str, Callable[[History], Finding | None]] = {
 _CAUSES = frozenset({"learning_rate_too_high", "exploding_gradient", "vanishing_gradient", "dead_units"})
 AFTER: dict[str, frozenset[str]] = {
     "exploding_gradient": frozenset({"learning_rate_too_high"}),
+    "vanishing_gradient": frozenset({"learning_rate_too_high"}),
     "dead_units": frozenset({"learning_rate_too_high"}),
+    "saturated_units": frozenset({"learning_rate_too_high"}),
     "loss_spike": frozenset({"learning_rate_too_high", "exploding_gradient"}),
     "learning_rate_too_low": frozenset({"vanishing_gradient", "dead_units"}),
+    "overfitting": frozenset({"learning_rate_too_high", "exploding_gradient"}),
     "underfitting": _CAUSES | {"learning_rate_too_low", "saturated_units"},
     "settled": _CAUSES | {"underfitting", "overfitting"},
 }
@@ -385,12 +295,6 @@ def _median_change(look: Look, weights: tuple[str, ...]) -> float:
     """Return the median over the weights of the share that the step changed them by; 0: nothing is known."""
     changes = [look.update_ratio[name] for name in weights if name in look.update_ratio]
     return statistics.median(changes) if changes else 0.0
-
-
-def _still(values: Sequence[float | None]) -> bool:
-    """Return whether values stay within 1 % of the largest; what is not known does not move."""
-    known = [value for value in values if value is not None]
-    return not known or max(known) - min(known) <= 0.01 * max(map(abs, known))
 
 
 def _geometric_mean(values: list[float] | tuple[float, ...]) -> float:

@@ -3,10 +3,11 @@
 Every worker adds its seconds up in the arena.  Hosts swap the sums every `stragglers.WINDOW` steps, with the
 medians that stragglers are told by, and rank 0 writes them down here.
 
-A worker waits at the barriers of its host; between hosts the waiting for a slower one is part of the
-exchange, and stands in nobody's account.  What a window cost is the time by which its slowest worker computed
-longer than the next one, in the median and for each step: that much shorter it would have been without that
-worker's lag.
+A worker waits at the barriers of its host.  Between hosts the waiting for a slower one is part of the
+exchange, which nobody can tell from the moving of bytes, so it is told from the computing: in each step a
+host waits as long as the slowest worker of all computed longer, in the median, than its own slowest one.
+What a window cost is the time by which its slowest worker computed longer than the next one, in the median
+and for each step: that much shorter it would have been without that worker's lag.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Ledger:
         self._hosts = tuple(hosts)
         self._spent = np.zeros((2, len(hosts)))
         self._cost = np.zeros(len(hosts))
+        self._host_wait = np.zeros(len(hosts))
         self._recorded = np.zeros((2, len(hosts)))
         self._steps = 0
         self._next_record = 0.0
@@ -40,6 +42,9 @@ class Ledger:
         if len(medians) > 1 and steps:
             order = np.argsort(medians)
             self._cost[order[-1]] += float(medians[order[-1]] - medians[order[-2]]) * steps
+            for host in set(self._hosts):
+                own = np.equal(self._hosts, host)
+                self._host_wait[own] += float(medians.max() - medians[own].max()) * steps
 
     def record(self, now: float) -> dict[str, Any] | None:
         """Return the means of a step since the last record, in ms, or None if that is too short ago."""
@@ -55,8 +60,7 @@ class Ledger:
 
     def accounts(self) -> list[dict[str, Any]]:
         """Return what `result.json` says of each worker."""
-        rows = zip(self._hosts, *self._spent.tolist(), self._cost.tolist(), strict=True)
-        return [
-            {"rank": rank, "host": host, "compute_s": compute, "wait_s": wait, "cost_s": cost}
-            for rank, (host, compute, wait, cost) in enumerate(rows)
-        ]
+        names = ("host", "compute_s", "wait_s", "host_wait_s", "cost_s")
+        figures = (*self._spent.tolist(), self._host_wait.tolist(), self._cost.tolist())
+        rows = zip(self._hosts, *figures, strict=True)
+        return [{"rank": rank} | dict(zip(names, row, strict=True)) for rank, row in enumerate(rows)]

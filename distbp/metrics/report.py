@@ -219,7 +219,7 @@ def _curves(run: Run) -> str:
     axis: dict[str, Any] = {"x_last": run.step, "x_label": "step"}
     charts = (
         chart("Loss", loss, unit="at the end of epochs" if len(some) > 1 else "", **axis),
-        chart("Accuracy", accuracy, unit="% right at the end of epochs", **axis),
+        chart("Accuracy", accuracy, unit="% right at the end of epochs", linear=True, **axis),
         chart("Entropy of predictions", entropy, unit="nats", note=_guessing(run), **axis),
         chart("Loss of steps", noise, unit="means between records", **axis),
         chart("Learning rate", [Curve("rate", _points(steps, "lr"), 2)], zero=True, **axis),

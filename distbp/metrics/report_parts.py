@@ -73,10 +73,9 @@ def layers(run: Run) -> str:
     if not shown:
         return ""
     first, last = records[0]["step"], records[-1]["step"]
-    return (
-        f"<h2>Layers</h2><p class='note'>From step {first:,} on the left to {last:,} on the right; the "
-        f"number is the last one.</p>{shown}"
-    )
+    where = f"From step {first:,} on the left to {last:,} on the right; the number is the last one."
+    where = where if last > first else f"At step {first:,}, the first that was looked at."
+    return f"<h2>Layers</h2><p class='note'>{where}</p>{shown}"
 
 
 def _strips(records: Sequence[Record], field: str, title: str, meaning: str) -> str:
@@ -90,6 +89,7 @@ def _strips(records: Sequence[Record], field: str, title: str, meaning: str) -> 
     rows = {name: [_level(values.get(name), plain) for values in there] for name in names}
     levels = [level for row in rows.values() for level in row if level is not None]
     low, high = (0.0, 1.0) if plain else (min(levels, default=0.0), max(levels, default=0.0))
+    long = "tall" if len(rows) > _MOST_ROWS else "short"
     ends = ("0 %", "100 %") if plain else (figure(10**low), figure(10**high))
     body = ""
     for name, row in rows.items():
@@ -100,7 +100,7 @@ def _strips(records: Sequence[Record], field: str, title: str, meaning: str) -> 
     return (
         f'<div class="card"><strong>{title}</strong> '
         f'<small>{meaning}; <span class="nowrap">{ends[0]}{scale_bar()}{ends[1]}</span></small>'
-        f'<div class="tall"><div class="layers">{body}</div></div></div>'
+        f'<div class="{long}"><div class="layers">{body}</div></div></div>'
     )
 
 
@@ -290,33 +290,37 @@ def workers(run: Run) -> str:
     if not rows:
         return ""
     unit = "s" if any("compute_s" in row for row in rows) else "ms"
+    hosts = len({row.get("host") for row in rows}) > 1
+    head = '<th class="n">for hosts s</th>' if hosts else ""
+    note = " For hosts: what a host waited for the slowest one." if hosts else ""
     body = ""
     for row in rows:
         rank = str(row.get("rank"))
         cost = row.get("cost_s", named.get(rank, {}).get("cost"))
-        body += _worker(row, unit, cost, lost.get(rank, 0))
+        body += _worker(row, unit, [row.get("host_wait_s")] if hosts else [], [cost, lost.get(rank) or None])
     span = "of the whole run" if unit == "s" else "a step, mean of the last records"
     return (
         '<h2>Workers</h2><div class="card wide"><div class="tall"><table style="width:100%"><tr><th>rank</th>'
         f'<th class="n">computed {unit}</th><th class="n">waited {unit}</th>'
-        f'<th class="n">cost s</th><th class="n">lost</th></tr>{body}</table></div><p class="note">'
+        f'{head}<th class="n">cost s</th><th class="n">lost</th></tr>{body}</table></div><p class="note">'
         '<span class="key"><i class="c0"></i>compute</span> <span class="key"><i class="c1"></i>wait</span>, '
-        f"{span}. Cost: what the others waited for this worker. Lost: how often it was replaced.</p></div>"
+        f"{span}. Cost: what the others waited for this worker. Lost: how often it was replaced.{note}"
+        "</p></div>"
     )
 
 
-def _worker(row: Record, unit: str, cost: object, lost: int) -> str:
+def _worker(row: Record, unit: str, between: list[object], rest: list[object]) -> str:
     """Return the figures of one worker, and below them the shares of its time as a bar."""
     values = (row.get(f"compute_{unit}"), row.get(f"wait_{unit}"))
     compute, wait = (value if isinstance(value, int | float) else 0.0 for value in values)
     name = escape(row.get("rank")) + (f" <small>{escape(row['host'])}</small>" if row.get("host") else "")
-    cells = "".join(f'<td class="n">{escape(_short(value))}</td>' for value in (*values, cost, lost or None))
+    cells = "".join(f'<td class="n">{escape(_short(value))}</td>' for value in (*values, *between, *rest))
     figures = f"<tr><td>{name}</td>{cells}</tr>"
     if not compute + wait > 0:
         return figures
     share_of_compute = 100 * compute / (compute + wait)
     return (
-        f'{figures}<tr class="bars"><td colspan="5"><div class="share">'
+        f'{figures}<tr class="bars"><td colspan="6"><div class="share">'
         f'<i class="c0" style="width:{share_of_compute:.1f}%"></i>'
         f'<i class="c1" style="width:{100 - share_of_compute:.1f}%"></i></div></td></tr>'
     )

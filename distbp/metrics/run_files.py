@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import statistics
 import time
 import tomllib
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ RUNNING, DONE, STOPPED, FAILED, LOST = "running", "done", "stopped", "failed", "
 MOST_RECORDS = 4000
 _FRESH_S = 60.0
 """Age of the newest record up to which a job on another host counts as running."""
+
+_RECENT = 25
+"""Records, five a second at most, by which the rate and the time left are told."""
 
 _KEPT = 64
 """Bytes before the place where reading stopped, by which a file that was cut is recognised."""
@@ -144,8 +148,10 @@ class Run:
         """Return the last step that is recorded."""
         if self.result.get("steps"):
             return int(self.result["steps"])
-        newest = [series.newest for series in (self.metrics.train, self.metrics.epochs)]
-        return max((int(record["step"]) for record in newest if record), default=0)
+        newest = [series.newest for series in (self.metrics.train, self.metrics.epochs, self.metrics.layers)]
+        # A run that ends within a moment has told of later steps than it has recorded.
+        told = [event["step"] for event in self.of_kind("diagnosis") if isinstance(event.get("step"), int)]
+        return max([int(record["step"]) for record in newest if record] + told, default=0)
 
     @property
     def total_steps(self) -> int | None:
@@ -155,10 +161,12 @@ class Run:
 
     @property
     def samples_per_second(self) -> float | None:
-        """Return the rate of the result, or of the last record."""
-        newest = self.metrics.train.newest or {}
-        found = self.result.get("samples_per_second") or newest.get("samples_per_second")
-        return float(found) if found else None
+        """Return the rate of the result, or the usual one of the last records: one alone jumps about."""
+        if self.result.get("samples_per_second"):
+            return float(self.result["samples_per_second"])
+        last = [record.get("samples_per_second") for record in self.metrics.train.all()[-_RECENT:]]
+        known = [float(rate) for rate in last if rate]
+        return statistics.median(known) if known else None
 
     @property
     def batch_size(self) -> int | None:

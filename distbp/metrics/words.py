@@ -29,7 +29,7 @@ def compact(number: float) -> str:
     size = abs(number)
     if number == 0:
         return "0"
-    if size < 1e-4:
+    if size < 1e-4 or size >= 1e15:
         digits, power = f"{number:.6e}".split("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
     for factor, suffix in _LARGE:
@@ -49,9 +49,11 @@ def figure(number: float | str | None) -> str:
     if not math.isfinite(value):
         return {math.inf: "infinite", -math.inf: "-infinite"}.get(value, "not a number")
     size = abs(value)
+    if size >= 1e7:
+        return f"{value:.2e}"
     if size >= 1000:
         return f"{value:,.0f}"
-    if size and size < 1e-3:
+    if size and float(f"{size:.3g}") < 1e-3:  # A rate of nearly 0.001 is no 1.00e-03.
         return f"{value:.2e}"
     return f"{value:.4g}"
 

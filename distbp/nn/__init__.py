@@ -5,6 +5,7 @@ Knows neither rank nor optimizer nor how gradients are added; layer.py holds the
 
 from __future__ import annotations
 
+from distbp.leaf import Leaf
 from distbp.nn.activations import GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Softmax, Tanh
 from distbp.nn.attention import MultiHeadAttention
 from distbp.nn.audio import audio
@@ -17,7 +18,7 @@ from distbp.nn.embedding import Embedding, PositionalEmbedding
 from distbp.nn.feature_cross import FeatureCross
 from distbp.nn.gradient_check import Report, check_gradient
 from distbp.nn.images import cnn, lenet, resnet, resnet20, resnet32, resnet56
-from distbp.nn.layer import Array, Context, Initial, Layer, Leaf, Parameter, Shape, Sink, Statistic
+from distbp.nn.layer import Array, Context, Initial, Layer, Parameter, Shape, Sink, Statistic
 from distbp.nn.layer_norm import LayerNorm, RMSNorm
 from distbp.nn.layout import Layout, arrange
 from distbp.nn.linear import Linear

@@ -19,6 +19,7 @@ import numpy as np
 
 from distbp.errors import ConfigError
 from distbp.nn import initial as start
+from distbp.nn.channels import blocks_of_rows
 from distbp.nn.layer import Array, Context, Initial, Layer, Parameter, Shape
 from distbp.nn.linear import Linear
 from distbp.nn.product import rows_times_matrix, rows_times_transpose, transpose_times_rows
@@ -109,18 +110,23 @@ class MultiHeadAttention(Layer):
     def forward(self, x: Array, context: Context) -> Array:
         """Return the attended values through the output weights."""
         self._qkv = self.qkv.forward(x, context)
-        q, k, v = self._heads_of(self._qkv)
-        G, b, H, T, _ = q.shape
-        P = self.buffer("P", (G, b, H, T, T), x.dtype)
-        row = self.buffer("row", (G, b, H, T, 1), x.dtype)
         self._attended = self.buffer("attended", x.shape, x.dtype)
-        o = self._heads_of(self._attended)[0]
+        q, k, v = self._heads_of(self._qkv)
+        (o,) = self._heads_of(self._attended)
+        P = self.buffer("P", (*q.shape[:3], q.shape[2]), x.dtype)
+        for part in blocks_of_rows(len(P), P[0].size):
+            self._attend(q[part], k[part], v[part], P[part], o[part])
+        return self.out.forward(self._attended, context)
+
+    def _attend(self, q: Array, k: Array, v: Array, P: Array, o: Array) -> None:
+        """Write P and o of a few samples, (n, H, T, ...), which stay in the cache."""
+        row = self.buffer(f"row of {len(P)}", (*P.shape[:3], 1), P.dtype)
         for first, stop, keys, masked in self._query_blocks:
             S, r = P[..., first:stop, :keys], row[..., first:stop, :]
             rows_times_transpose(q[..., first:stop, :], k[..., :keys, :], S)
             np.multiply(S, self._scale, out=S)
             if masked < keys:
-                hidden = self._forbidden_TT[first:stop, masked:keys].astype(x.dtype)
+                hidden = self._forbidden_TT[first:stop, masked:keys].astype(P.dtype)
                 np.add(S[..., masked:], hidden, out=S[..., masked:])
             # The maximum is taken off first, so that no exponential overflows.
             np.maximum.reduce(S, axis=-1, keepdims=True, out=r)
@@ -129,7 +135,6 @@ class MultiHeadAttention(Layer):
             np.add.reduce(S, axis=-1, keepdims=True, out=r)
             np.divide(S, r, out=S)
             rows_times_matrix(S, v[..., :keys, :], o[..., first:stop, :])
-        return self.out.forward(self._attended, context)
 
     def backward(self, dy: Array, want_dx: bool = True) -> Array | None:
         """Collect the leaves of both Linear layers, return dx.
@@ -147,16 +152,26 @@ class MultiHeadAttention(Layer):
         assert do_all is not None, "a Linear layer was asked for dx and returned None"
         q, k, v = self._heads_of(self._qkv)
         (do,), (o,) = self._heads_of(do_all), self._heads_of(self._attended)
-        P = self.buffer("P", (*q.shape[:4], q.shape[3]), dy.dtype)
-        dS = self.buffer("dS", P.shape, dy.dtype)
+        P = self.buffer("P", (*q.shape[:3], q.shape[2]), dy.dtype)
+        dots = self.buffer("dots", (*P.shape[:3], 1), dy.dtype)
+        np.vecdot(do, o, out=dots[..., 0])
         dqkv = self.buffer("dqkv", self._qkv.shape, dy.dtype)
         dq, dk, dv = self._heads_of(dqkv)
-        row = self.buffer("dots", (*q.shape[:4], 1), dy.dtype)
-        np.vecdot(do, o, out=row[..., 0])
+        for part in blocks_of_rows(len(P), P[0].size):
+            given = q[part], k[part], v[part], do[part], dots[part]
+            self._write_gradients(*given, P[part], (dq[part], dk[part], dv[part]))
+        return self.qkv.backward(dqkv, want_dx)
+
+    def _write_gradients(
+        self, q: Array, k: Array, v: Array, do: Array, dots: Array, P: Array, out: tuple[Array, ...]
+    ) -> None:
+        """Write dq, dk, dv of a few samples, which stay in the cache; `dots` are the do_i · o_i."""
+        dq, dk, dv = out
+        dS = self.buffer(f"dS of {len(P)}", P.shape, P.dtype)
         for first, stop, keys, _ in self._query_blocks:
             d = dS[..., first:stop, :keys]
             rows_times_transpose(do[..., first:stop, :], v[..., :keys, :], d)
-            np.subtract(d, row[..., first:stop, :], out=d)
+            np.subtract(d, dots[..., first:stop, :], out=d)
             np.multiply(d, P[..., first:stop, :keys], out=d)
             np.multiply(d, self._scale, out=d)
             rows_times_matrix(d, k[..., :keys, :], dq[..., first:stop, :])
@@ -164,13 +179,12 @@ class MultiHeadAttention(Layer):
             at = (..., slice(begin, None), slice(first, stop))
             transpose_times_rows(dS[at], q[..., begin:, :], dk[..., first:stop, :])
             transpose_times_rows(P[at], do[..., begin:, :], dv[..., first:stop, :])
-        return self.qkv.backward(dqkv, want_dx)
 
     def _heads_of(self, x: Array) -> tuple[Array, ...]:
-        """Return views (G, b, H, T, K) of x (G, b, T, n D), one for each n."""
-        G, b, T, _ = x.shape
-        split = x.reshape(G, b, T, -1, self.heads, self._shape[1] // self.heads)
-        return tuple(split.transpose(3, 0, 1, 4, 2, 5))
+        """Return views (G b, H, T, K) of x (G, b, T, n D), one for each n."""
+        T, D = self._shape
+        split = x.reshape(-1, T, x.shape[-1] // D, self.heads, D // self.heads)
+        return tuple(split.transpose(2, 0, 3, 1, 4))
 
 
 def _query_blocks(seen_TT: Array) -> list[tuple[int, int, int, int]]:

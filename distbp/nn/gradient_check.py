@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbp import random
-from distbp.nn.layer import Array, Context, Leaf, Parameter
+from distbp.leaf import Leaf
+from distbp.nn.layer import Array, Context, Parameter
 from distbp.nn.network import Network
 
 __all__ = ["Report", "TensorReport", "check_gradient"]

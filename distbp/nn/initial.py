@@ -8,8 +8,7 @@ Network.  With fan_in (fan_out) the number of inputs (outputs) that a weight con
     glorot   2 / (fan_in + fan_out)   Glorot and Bengio, AISTATS 2010: tanh, sigmoid
     lecun    1 / fan_in               LeCun et al., "Efficient BackProp", 1998: linear outputs
 
-The uniform forms draw from (-a, a) with a = sqrt(3 variance).  One tensor takes about five times its float64
-size while it is drawn: fine below 10^8 weights in one tensor.
+The uniform forms draw from (-a, a) with a = sqrt(3 variance).
 """
 
 from __future__ import annotations

@@ -28,13 +28,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from distbp.leaf import Leaf
+
 __all__ = [
     "Array",
     "Buffered",
     "Context",
     "Initial",
     "Layer",
-    "Leaf",
     "Parameter",
     "Shape",
     "Sink",
@@ -43,9 +44,6 @@ __all__ = [
 
 Array: TypeAlias = NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
-
-Leaf: TypeAlias = Callable[[int, int, Array], None]
-"""`leaf(lo, hi, out)` writes the gradients of micro-batches lo..hi-1 to `out`, shape (hi-lo, *parameter)."""
 
 Sink: TypeAlias = "Callable[[Parameter, Leaf], None]"
 """Receives each parameter's leaf once per backward pass and calls it before it returns."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from distbp.errors import ConfigError
+from distbp.nn.channels import blocks_of_rows
 from distbp.nn.layer import Array, Context, Layer, Shape
 
 __all__ = ["AvgPool1d", "AvgPool2d", "GlobalAvgPool", "MaxPool1d", "MaxPool2d"]
@@ -111,16 +112,25 @@ class _MaxPool(_Pool):
         if not want_dx:
             return None
         dx = self._dx(dy)
-        taken = self.buffer("taken", dy.shape, np.bool_)
-        mine = self.buffer("mine", dy.shape, np.bool_)
-        part = self.buffer("part", dy.shape, dy.dtype)
+        samples = blocks_of_rows(dy.shape[1], math.prod(dy.shape[2:]))
+        for g in range(len(dy)):
+            for block in samples:
+                part = slice(g, g + 1), block
+                self._write_dx(self._x[part], self._y[part], dy[part], dx[part])
+        return dx
+
+    def _write_dx(self, x: Array, y: Array, dy: Array, dx: Array) -> None:
+        """Write dx of a few samples, which stay in the cache from plane to plane."""
+        taken, mine = (
+            self.buffer(f"{name} of {dy.shape[1]}", dy.shape, np.bool_) for name in ("taken", "mine")
+        )
+        part = self.buffer(f"part of {dy.shape[1]}", dy.shape, dy.dtype)
         taken.fill(False)
-        for plane, dx_plane in zip(self._planes(self._x), self._planes(dx), strict=True):
-            np.equal(plane, self._y, out=mine)
+        for plane, dx_plane in zip(self._planes(x), self._planes(dx), strict=True):
+            np.equal(plane, y, out=mine)
             np.greater(mine, taken, out=mine)  # True > False: mine, and taken by nobody before.
             np.logical_or(taken, mine, out=taken)
             self._add(np.multiply(dy, mine, out=part), dx_plane)
-        return dx
 
 
 class _AvgPool(_Pool):

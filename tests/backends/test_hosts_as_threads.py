@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -27,13 +28,19 @@ def digits():
 TRAIN, VALIDATION = digits()
 
 
-def fit(out, train=TRAIN, **options):
+def fit(out, train=TRAIN, augment=(), **options):
     """Return a program that trains a small network; each worker builds its own layers."""
 
     def program(members):
         model = nn.Sequential(nn.Flatten(), nn.Linear(24), nn.Tanh(), nn.Linear(10))
         trainer = Trainer(
-            model, optimizer=SGD(momentum=0.9), clip_norm=1.0, batch_size=96, micro_batch=8, seed=3
+            model,
+            optimizer=SGD(momentum=0.9),
+            clip_norm=1.0,
+            batch_size=96,
+            micro_batch=8,
+            seed=3,
+            augment=augment,
         )
         history = trainer.fit(
             train,
@@ -129,3 +136,24 @@ def test_a_host_that_vanishes_gets_the_state_from_another(host_sizes, call, alon
         for result in results.values():
             assert result["state_sha256"] == alone["state_sha256"]
         assert epoch_records(tmp_path / str(rank)) == alone["records"]
+
+
+class SlowSamples:
+    """Takes its time over the samples of the second half of a batch, which the second host has."""
+
+    def check(self, sample_shape):
+        """Take any."""
+
+    def __call__(self, x, seed, step, micro_batch):
+        if micro_batch >= 6:
+            time.sleep(0.02)
+
+
+def test_the_ledger_says_which_host_waited(tmp_path):
+    """The host without the slow samples waits for the other one, in each step for six of them."""
+    result = ThreadsJob(fit(tmp_path, augment=[SlowSamples()]), (1, 1)).run()[0]
+    quick, slow = result["workers"]
+    assert (quick["host"], slow["host"]) == (0, 1)
+    assert slow["host_wait_s"] == 0
+    assert quick["host_wait_s"] == pytest.approx(slow["cost_s"])
+    assert 0 < quick["host_wait_s"] <= slow["compute_s"]

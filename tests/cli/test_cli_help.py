@@ -79,3 +79,4 @@ def test_a_command_with_a_slip_is_told_its_name(tmp_path: Path) -> None:
     """A name that nearly is one is answered with it; nothing is guessed for others."""
     assert "No such command 'trian'; did you mean 'train'?" in refuse(2, "trian", "digits", cwd=tmp_path)
     assert "did you mean" not in refuse(2, "xyzzy", cwd=tmp_path)
+    assert "distbp evaluate RUN DATA --suspects 20" in refuse(2, "suspects", "runs/x", cwd=tmp_path)

@@ -308,7 +308,8 @@ def test_compare_says_where_curves_part(runs):
     """Another seed is named, with the first epoch and the first checkpoint that differ."""
     text = succeed("compare", "runs/one", "runs/seed", cwd=runs)
     assert re.search(r"seed +0 +1", text)
-    assert "curves      differ first at step 26: training loss" in text
+    assert re.search(r"curves      differ first at step 26: training loss 0\.\d{1,6} and 0\.\d{1,6}\n", text)
+    assert re.search(r"validation loss +0\.\d{1,7} +0\.\d{1,7}\n", text)
     assert "checkpoint  step 20: different states" in text
     assert "parameters  different bits" in text
     found = json.loads(succeed("compare", "runs/one", "runs/seed", "--json", cwd=runs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_a_spike_of_the_loss_is_named(tmp_path):
     assert 121 <= found["loss_spike"]["step"] <= 130
 
 
-@pytest.mark.parametrize(("count", "lr"), [(300, 0.01), (180, 0.03), (300, 0.05)])
+@pytest.mark.parametrize(("count", "lr"), [(300, 0.01), (180, 0.03), (300, 0.05), (180, 0.1)])
 def test_overfitting_is_told_in_time(tmp_path, count, lr):
     """It is said before the validation loss has risen by 10 % from its least value."""
     model = nn.mlp(outputs=10)
@@ -258,6 +259,59 @@ def test_a_gradient_that_grows_is_named():
     history = history_of()
     history.looks.append(Look(100, 0.8, 0.1, dict.fromkeys("abc", 120.0), dict.fromkeys("abc", 0.005), {}))
     assert [found.name for found in diagnose(history, ())] == ["exploding_gradient"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "names"),
+    [
+        # One epoch before the loss rises: it stays, and the answers grow surer than they are right.
+        ([(1.8, 1.6, 1.47, 1.04), (1.07, 0.85, 1.46, 0.73)], ["overfitting"]),
+        ([(1.8, 1.6, 1.47, 1.04), (1.07, 0.85, 1.42, 0.73)], []),  # It falls.
+        ([(1.8, 1.6, 1.47, 1.04), (1.07, 0.85, 1.46, 1.02)], []),  # They are nearly as right as sure.
+        ([(1.8, 1.6, 1.47, 1.04), (1.20, 0.85, 1.46, 0.73)], []),  # Training costs nearly as much.
+        ([(9.0, 0.1, 8.0, 0.1), (5.0, 0.1, 9.0, 0.1)], []),  # Worse than knowing nothing: nothing is learned.
+    ],
+)
+def test_answers_surer_than_right_are_told_before_the_loss_rises(epochs, names):
+    """What the answers' entropy promises is held against what they cost."""
+    history = History(FACTS, epochs=[Epoch(10 * n, *values) for n, values in enumerate(epochs, 1)])
+    assert [found.name for found in diagnose(history, ())] == names
+    assert diagnose(history, {"learning_rate_too_high"}) == []
+
+
+@pytest.mark.parametrize(("lr", "names"), [(0.1, ["underfitting"]), (0.01, [])])
+def test_a_loss_that_stands_still_with_its_rate_is_no_underfitting(lr, names):
+    """At the end of a schedule nothing moves, whatever the model could learn."""
+    history = history_of(losses=(2.3, 2.0, 1.9, 1.9))
+    history.looks[-1] = dataclasses.replace(history.looks[-1], lr=lr)
+    history.epochs = [Epoch(100 * n, 1.9, 1.9, None, None) for n in range(2, 8)]
+    assert [found.name for found in diagnose(history, ())] == names
+
+
+@pytest.mark.parametrize(
+    ("first", "losses", "cure"),
+    [
+        (0.6, (4.0, 2.0, 1.95, 1.94), "optimizer.lr=0.01;"),  # It knows how common each class is, no more.
+        (60.0, (4.0, 2.0, 1.95, 1.94), "optimizer.lr=2e-05;"),  # A tenth would be far too high as well.
+        (0.6, (4.0, 1.5, 1.2, 1.1), None),
+        (0.05, (4.0, 2.0, 1.95, 1.94), None),
+    ],
+)
+def test_a_first_step_that_breaks_the_network_is_named(first, losses, cure):
+    """Weights that one step changed by more than half, and a loss that stands still ever after."""
+    history = history_of(losses=losses)
+    history.looks[0] = dataclasses.replace(history.looks[0], update_ratio=dict.fromkeys("abc", first))
+    found = diagnose(history, ())
+    assert [one.name for one in found] == (["learning_rate_too_high"] if cure else [])
+    assert all(one.remedy.startswith(f"begin anew with {cure}") for one in found)
+
+
+def test_a_linear_model_may_have_small_weights():
+    """What noise moves them by is no matter of the rate, which the loss bears."""
+    history = history_of(losses=(0.8, 0.6, 0.55, 0.52), ratio=0.1)
+    assert [found.name for found in diagnose(history, ())] == ["learning_rate_too_high"]
+    linear = History(dataclasses.replace(FACTS, weights=("a",)), history.looks)
+    assert diagnose(linear, ()) == []
 
 
 def test_nothing_is_said_twice_or_after_its_cause():

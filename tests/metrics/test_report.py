@@ -10,6 +10,7 @@ import pytest
 
 from distbp.metrics import charts
 from distbp.metrics.charts import Curve, chart, decimated, stacked, strip, ticks
+from distbp.metrics.records import append_record
 from distbp.metrics.report import page, try_to_report, write_report
 from distbp.metrics.report_parts import words_of
 from distbp.metrics.run_files import read_run
@@ -106,6 +107,21 @@ def test_what_a_run_does_not_say_is_left_out(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "lock").write_text("")
     assert "No measurement is recorded yet" in write_report(tmp_path / "empty").read_text()
+
+
+def test_a_failed_run_shows_the_last_step_that_anything_is_known_of(tmp_path):
+    """Measurements are written now and then; a diagnosis names the step that it is about."""
+    out = make_failed(tmp_path / "run")
+    append_record(out / "events.jsonl", {"kind": "diagnosis", "name": "loss_spike", "step": 6})
+    assert "<b>6 of 100</b>" in write_report(out).read_text()
+
+
+def test_a_share_is_drawn_on_an_even_axis():
+    """Of 0.1 and 100 % right the logarithm says nothing to anybody."""
+    curve = [Curve("training", [(1.0, 0.1), (2.0, 100.0)])]
+    even = chart("Accuracy", curve, x_last=2, x_label="step", linear=True)
+    assert 'data-y="0.0 100.0 192 10 0"' in even
+    assert 'data-y="0.1 100.0 192 10 1"' in chart("Loss", curve, x_last=2, x_label="step")
 
 
 def test_what_comes_from_files_cannot_become_markup(tmp_path):
@@ -250,16 +266,18 @@ def test_stacked_areas_lie_upon_each_other():
 
 def test_figures_are_short_and_true():
     """Figures keep four digits, and say what they cannot."""
-    assert [figure(value) for value in (None, 0.0, 1234567.0, 0.12345, 1e-7, "nan", float("inf"), "x")] == [
-        "-", "0", "1,234,567", "0.1235", "1.00e-07", "not a number", "infinite", "x",
+    values = (None, 0.0, 1234567.0, 0.12345, 0.9996e-3, 1e-7, 3.13e9, "nan", float("inf"), "x")
+    assert [figure(value) for value in values] == [
+        "-", "0", "1,234,567", "0.1235", "0.0009996", "1.00e-07", "3.13e+09", "not a number", "infinite", "x",
     ]  # fmt: skip
-    assert [compact(value) for value in (0, 0.25, 1500, 2e6, 3e-5, 1.5e-7)] == [
+    assert [compact(value) for value in (0, 0.25, 1500, 2e6, 3e-5, 1.5e-7, 1e35)] == [
         "0",
         "0.25",
         "1.5k",
         "2M",
         "3e-5",
         "1.5e-7",
+        "1e35",
     ]
 
 

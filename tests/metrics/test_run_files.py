@@ -13,6 +13,7 @@ import time
 import pytest
 
 from distbp.errors import InputMissing
+from distbp.metrics.records import append_record
 from distbp.metrics.run_files import DONE, FAILED, LOST, RUNNING, STOPPED, Metrics, Series, read_run
 from distbp.run_directory import RunDirectory
 
@@ -50,6 +51,13 @@ def test_a_job_that_holds_the_lock_is_running_and_is_not_disturbed(tmp_path):
     descriptor = os.open(out / "lock", os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(descriptor)
+
+
+def test_the_time_left_does_not_jump_with_one_record(tmp_path):
+    """The last record may lie in a moment when others had the processor."""
+    out = make_run(tmp_path / "run")
+    append_record(out / "metrics.jsonl", {"kind": "train", "step": 100, "samples_per_second": 7.0})
+    assert 20000 <= read_run(out).samples_per_second <= 20600
 
 
 def test_a_job_on_another_host_is_judged_by_its_records(tmp_path):
