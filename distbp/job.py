@@ -27,6 +27,9 @@ SCALARS = 8
 """Places in the scalar state: the sample cursor, sums since the last epoch's end, skipped steps.  Behind them
 come the averages of the network's statistics."""
 
+EPOCH_SUMS = {EPOCH_LOSS: LOSS, EPOCH_WEIGHT: WEIGHT, EPOCH_CORRECT: CORRECT}
+"""What is added up over an epoch: the place in the scalars, and the column of the tail."""
+
 MAX_SKIPPED_IN_ROW = 3
 START, COMPUTE, REDUCE, UPDATE, EVALUATE, SAVING = range(6)
 PHASES = ("start", "compute", "reduce", "update", "evaluate", "save")

@@ -168,7 +168,7 @@ class MicroBatchSum:
 
     def _add_block(self, leaf: Leaf, start: int, count: int, target: Array) -> None:
         """Write the sum of `count` (a power of two) leaves of a large tensor into `target`."""
-        if count > 1 and isinstance(leaf, LeafInPieces):
+        if count * target.nbytes > PIECE_BYTES and count > 1 and isinstance(leaf, LeafInPieces):
             stacked = min(count, MOST_STACKED)
             if pieces := leaf.pieces(PIECE_BYTES // (stacked * target.itemsize)):
                 for piece in pieces:

@@ -43,9 +43,7 @@ from distbp.fault_points import FaultPoints
 from distbp.job import (
     COMPUTE,
     CORRECT,
-    EPOCH_CORRECT,
-    EPOCH_LOSS,
-    EPOCH_WEIGHT,
+    EPOCH_SUMS,
     LOSS,
     MAX_SKIPPED_IN_ROW,
     REDUCE,
@@ -413,14 +411,17 @@ class Worker:
         current, following = self.arena.scalars(step), self.arena.scalars(step + 1)
         np.copyto(following, current)
         if epoch_ends_at(step, len(job.train), job.batch_size):
-            following[[EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT]] = 0
+            for place in EPOCH_SUMS:
+                following[place] = 0.0
         following[SAMPLES] = (step + 1) * job.batch_size
         if accepted:
-            following[[EPOCH_LOSS, EPOCH_WEIGHT, EPOCH_CORRECT]] += tail[[LOSS, WEIGHT, CORRECT]]
+            for place, column in EPOCH_SUMS.items():
+                following[place] += tail[column]
             following[SKIPPED_IN_ROW] = 0
             job.network.move_statistics(following[SCALARS:], tail[TAIL:] / job.micro_batches)
         else:
-            following[[SKIPPED_IN_ROW, SKIPPED]] += 1
+            following[SKIPPED_IN_ROW] += 1
+            following[SKIPPED] += 1
         self._look.follow(step, tail, self._lane.gradient_sums if accepted else ())
 
     def _commit(self, tail: NDArray[np.float64], times: list[float], *, accepted: bool) -> None:

@@ -81,6 +81,7 @@ class InPieces(LeafInPieces):
 def test_a_sum_in_pieces_has_the_bits_of_the_whole_sum(monkeypatch, start, stop):
     """Blocks of more than one leaf are made piece by piece, several leaves in a call, by the same tree."""
     monkeypatch.setattr(reduce, "SMALL_ELEMENTS", 0)
+    monkeypatch.setattr(reduce, "PIECE_BYTES", 200)
     leaves = [leaf.reshape(5, 7) for leaf in make_leaves(stop, 35)]
     leaf = InPieces(leaves, start)
     vectors = [np.full(40, np.nan, np.float32) for _ in aligned_blocks(start, stop)]

@@ -89,7 +89,7 @@ def chart(
     values = [y for curve in shown for _, y in curve.points]
     log = not (zero or linear) and min(values) > 0 and max(values) / min(values) > _LOG_FROM
     marks = _log_ticks(min(values), max(values)) if log else ticks(*_span(values, zero))
-    left = 10 + _LETTER * max(len(compact(mark)) for mark in marks)
+    left = _room(marks)
     low, high = min([*marks, *values]), max([*marks, *values])
     y_axis = _Axis(low, high, _HEIGHT - _BOTTOM, _TOP, log)
     x_axis = _x_axis(x_last, left)
@@ -117,7 +117,7 @@ def stacked(title: str, curves: Sequence[Curve], *, x_last: float, x_label: str,
     for row in rows:
         levels.append([(x, below + max(0.0, y)) for (x, y), (_, below) in zip(row, levels[-1], strict=True)])
     marks = ticks(0.0, max(y for _, y in levels[-1]) or 1.0)
-    left = 10 + _LETTER * max(len(compact(mark)) for mark in marks)
+    left = _room(marks)
     y_axis = _Axis(0.0, max(marks[-1], *(y for _, y in levels[-1])), _HEIGHT - _BOTTOM, _TOP)
     x_axis = _x_axis(x_last, left)
     drawn = ""
@@ -193,6 +193,12 @@ def _log_ticks(low: float, high: float) -> list[float]:
     step = max(1, -(-(last - first) // 5))
     last = first + -(-(last - first) // step) * step
     return [10.0**power for power in range(first, last + 1, step)]
+
+
+def _room(marks: Sequence[float]) -> float:
+    """Return how far right the drawing begins, beside the labels of its marks; an M is wider than a digit."""
+    labels = [compact(mark) for mark in marks]
+    return 10 + _LETTER * max(len(label) + 0.7 * label.endswith(("M", "G")) for label in labels)
 
 
 def _x_axis(last: float, left: float) -> _Axis:

@@ -78,18 +78,20 @@ def _has_risen(history: History, epochs: Sequence[Epoch]) -> bool:
 def _is_sure_and_wrong(history: History, epochs: Sequence[Epoch]) -> bool:
     """Return whether validation costs more than the answers' own entropy, ever more so, and no longer falls.
 
-    Answers that are as often right as they are sure cost their entropy in the mean.  What was learned by
-    heart makes them surer and no better, and that shows an epoch or more before the loss rises.
+    What was learned by heart makes answers surer and no better, and that shows before the loss rises.  A step
+    that was too large does so as well, but then training costs more than its entropy, too.
     """
     before, now = epochs[-2:]
-    if before.validation_entropy is None or now.validation_entropy is None:
+    if before.validation_entropy is None or now.validation_entropy is None or now.entropy is None:
         return False
     last = _validation_loss(now)
     excess, earlier = last - now.validation_entropy, _validation_loss(before) - before.validation_entropy
     # A quarter of what there is to know: high rates bring a tenth now and then, and take it back.
     floor = max(0.25 * history.reference, _TWO_MISTAKES / max(history.facts.answers, 1))
     falls = last < 0.98 * min(map(_validation_loss, epochs[:-1]))
-    return excess >= max(floor, earlier) and not falls and now.loss <= min(0.95 * before.loss, 0.75 * last)
+    if falls or excess < max(floor, earlier) or now.loss - now.entropy > 0.5 * excess:
+        return False
+    return now.loss <= min(0.95 * before.loss, 0.75 * last)
 
 
 def _validation_loss(epoch: Epoch) -> float:
@@ -126,7 +128,8 @@ def underfitting(history: History) -> Finding | None:
         f"the model fits not even the training samples: their loss of {last.loss:.3g} is "
         f"{last.loss / reference:.0%} of that of knowing nothing, and fell by "
         f"{max(0.0, 1 - last.loss / before.loss):.1%} in the last {window} epochs{unsure}",
-        "take a larger model (model.hidden, model.name), less optimizer.weight_decay, or other features",
+        "take a larger model (model.hidden, model.name), less optimizer.weight_decay, or other features; a "
+        "loss that still falls wants a higher optimizer.lr (distbp lr-find) or more train.epochs",
         {"loss": last.loss, "reference": reference, "entropy": last.entropy},
     )
 

@@ -291,8 +291,8 @@ def workers(run: Run) -> str:
         return ""
     unit = "s" if any("compute_s" in row for row in rows) else "ms"
     hosts = len({row.get("host") for row in rows}) > 1
-    head = '<th class="n">for hosts s</th>' if hosts else ""
-    note = " For hosts: what a host waited for the slowest one." if hosts else ""
+    head = '<th class="n">hosts s</th>' if hosts else ""
+    note = " Hosts: what its host waited for the slowest one." if hosts else ""
     body = ""
     for row in rows:
         rank = str(row.get("rank"))
@@ -300,7 +300,7 @@ def workers(run: Run) -> str:
         body += _worker(row, unit, [row.get("host_wait_s")] if hosts else [], [cost, lost.get(rank) or None])
     span = "of the whole run" if unit == "s" else "a step, mean of the last records"
     return (
-        '<h2>Workers</h2><div class="card wide"><div class="tall"><table style="width:100%"><tr><th>rank</th>'
+        '<h2>Workers</h2><div class="card wide"><div class="tall"><table class="workers"><tr><th>rank</th>'
         f'<th class="n">computed {unit}</th><th class="n">waited {unit}</th>'
         f'{head}<th class="n">cost s</th><th class="n">lost</th></tr>{body}</table></div><p class="note">'
         '<span class="key"><i class="c0"></i>compute</span> <span class="key"><i class="c1"></i>wait</span>, '
@@ -313,7 +313,8 @@ def _worker(row: Record, unit: str, between: list[object], rest: list[object]) -
     """Return the figures of one worker, and below them the shares of its time as a bar."""
     values = (row.get(f"compute_{unit}"), row.get(f"wait_{unit}"))
     compute, wait = (value if isinstance(value, int | float) else 0.0 for value in values)
-    name = escape(row.get("rank")) + (f" <small>{escape(row['host'])}</small>" if row.get("host") else "")
+    host = row.get("host") if between or not isinstance(row.get("host"), int) else None
+    name = escape(row.get("rank")) + ("" if host is None else f" <small>on {escape(host)}</small>")
     cells = "".join(f'<td class="n">{escape(_short(value))}</td>' for value in (*values, *between, *rest))
     figures = f"<tr><td>{name}</td>{cells}</tr>"
     if not compute + wait > 0:

@@ -325,7 +325,8 @@ def _check_classes(target: Array, shape: Shape, num_classes: int) -> None:
             f"got {target.dtype} of shape {target.shape!r}; for numbers use the loss 'mean_squared_error', "
             "for one class a sample let the model end with one axis (Flatten)"
         )
-    if target.size and (np.min(target) < 0 or np.max(target) >= num_classes):
+    # Seen without a sign, a negative number is a large one: one look finds both.
+    if target.size and np.maximum.reduce(target.view(f"u{target.itemsize}"), axis=None) >= num_classes:
         wrong = target[(target < 0) | (target >= num_classes)].flat[0].item()
         raise DataError(
             f"SoftmaxCrossEntropy: expected class numbers 0..{num_classes - 1} for a model with "

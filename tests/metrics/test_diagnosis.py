@@ -269,6 +269,7 @@ def test_a_gradient_that_grows_is_named():
         ([(1.8, 1.6, 1.47, 1.04), (1.07, 0.85, 1.42, 0.73)], []),  # It falls.
         ([(1.8, 1.6, 1.47, 1.04), (1.07, 0.85, 1.46, 1.02)], []),  # They are nearly as right as sure.
         ([(1.8, 1.6, 1.47, 1.04), (1.20, 0.85, 1.46, 0.73)], []),  # Training costs nearly as much.
+        ([(1.8, 1.6, 1.47, 1.04), (1.07, 0.60, 1.46, 0.73)], []),  # It is surer than right there, too.
         ([(9.0, 0.1, 8.0, 0.1), (5.0, 0.1, 9.0, 0.1)], []),  # Worse than knowing nothing: nothing is learned.
     ],
 )

@@ -53,12 +53,24 @@ def parsed(text):
     return structure
 
 
+HOSTS = [
+    {
+        "rank": rank,
+        "host": rank // 2,
+        "compute_s": 1400.25,
+        "wait_s": 103.75,
+        "host_wait_s": 35.125,
+        "cost_s": 35.125,
+    }
+    for rank in range(4)
+]
 STATES = {
     "finished": lambda path: make_run(path, RESULT),
     "killed": make_run,
     "failed": make_failed,
     "stopped": lambda path: make_run(path, RESULT | {"status": "stopped"}),
     "long": lambda path: make_run(path, RESULT, steps=3000, epochs=600),
+    "hosts": lambda path: make_run(path, RESULT | {"hosts": 2, "workers": HOSTS}),
 }
 
 
@@ -70,7 +82,12 @@ def test_every_state_has_a_sound_page(tmp_path, state):
     assert structure.scripts == 1
     foreign = re.findall(r"(?:src|href)=|url\(|@import|https?:[^\"]*", text)
     assert foreign == ["http://www.w3.org/2000/svg"], "a name, which nobody fetches"
-    words = {"killed": "ended without a word", "long": "finished", "stopped": "stopped on request"}
+    words = {
+        "killed": "ended without a word",
+        "long": "finished",
+        "hosts": "on 2 hosts",
+        "stopped": "stopped on request",
+    }
     assert words.get(state, state) in "".join(structure.texts)
 
 
