@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import result_of, wait_until
+from tests.conftest import Job, result_of, wait_until
 
 STEPS = 600
 OPTIONS = [
@@ -20,6 +20,7 @@ OPTIONS = [
     "-o", "train.epochs=1000", "-o", "optimizer.clip_norm=2.0", "-o", "model.hidden=[64]",
     "-o", "run.log_samples=true",
 ]  # fmt: skip
+SHORT = [*OPTIONS, "-o", "train.max_steps=200"]
 SAMPLES = 1617
 
 
@@ -41,12 +42,22 @@ def check_samples(out, steps=STEPS):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The result of the run that nothing happens to, on one worker in one process."""
-    from tests.conftest import Job
-
     out = tmp_path_factory.mktemp("undisturbed")
-    done = Job(["train", "digits", *OPTIONS, "--backend", "serial", "--out", out], out, None).wait()
-    assert done.returncode == 0, done.stderr
+    run_alone(OPTIONS, out)
     check_samples(out)
+    return result_of(out)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The result of a shorter run, on one worker in one process."""
+    return run_alone(SHORT, tmp_path_factory.mktemp("short"))
+
+
+def run_alone(options, out):
+    """Train on one worker in one process; return the result."""
+    done = Job(["train", "digits", *options, "--backend", "serial", "--out", out], out, None).wait()
+    assert done.returncode == 0, done.stderr
     return result_of(out)
 
 
@@ -65,13 +76,13 @@ def same_bits(out, undisturbed):
     "nproc",
     [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow), 5, 12],
 )
-def test_any_number_of_workers_gives_the_same_bits(nproc, undisturbed, distbp, tmp_path):
+def test_any_number_of_workers_gives_the_same_bits(nproc, short, distbp, tmp_path):
     """Worker processes, as many as there are micro-batches or fewer, end in the bits of one."""
     out = tmp_path / "run"
-    done = distbp("train", "digits", *OPTIONS, "--nproc", nproc, "--out", out)
+    done = distbp("train", "digits", *SHORT, "--nproc", nproc, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert same_bits(out, undisturbed)["world_size"] == nproc
-    check_samples(out)
+    assert same_bits(out, short)["world_size"] == nproc
+    check_samples(out, 200)
 
 
 @pytest.mark.parametrize("nproc", [1, 2, 3])
