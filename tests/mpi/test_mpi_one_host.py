@@ -17,7 +17,7 @@ from tests.mpi.conftest import launcher_rank, on_rank
 pytestmark = pytest.mark.mpi
 
 OPTIONS = [
-    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.max_steps=300",
+    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.max_steps=200",
     "-o", "train.epochs=1000", "-o", "optimizer.clip_norm=2.0", "-o", "model.hidden=[64]",
     "-o", "run.log_samples=true",
 ]  # fmt: skip
