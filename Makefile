@@ -20,7 +20,8 @@ IS_USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 PYTEST_ARGS ?= -m "not slow"
 
 # Tests wait much, so two files run at a time, also on one core; `make test PYTEST_WORKERS=` runs one.
-PYTEST_WORKERS ?= -n 2 --dist loadfile
+# The order of files is that of tests/conftest.py, long ones first.
+PYTEST_WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -32,6 +33,9 @@ help:  ## list the commands
 train: $(INSTALLED)  ## train on the built-in digits with all cores; says how well, and where the run lies
 	@$(BIN)/distbp train digits
 
+# Tests start hundreds of Python processes.  Where byte code is not kept, as in many containers, each would
+# compile distbp anew, a third of a second; an empty variable keeps it.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(TESTABLE)  ## run the tests (PYTEST_ARGS= runs those of several minutes too)
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 

@@ -16,6 +16,39 @@ import pytest
 
 COMMAND = [sys.executable, "-m", "distbp.cli.main"]
 
+TESTS = Path(__file__).parent
+LONG_FILES = (
+    "mpi/test_mpirun_script.py",
+    "ray/test_ray_backend.py",
+    "backends/test_local.py",
+    "ray/test_ray_collective.py",
+    "mpi/test_mpi_one_host.py",
+    "ray/test_ray_doctor.py",
+    "mpi/test_mpi_doctor.py",
+    "backends/test_divergence.py",
+    "mpi/test_mpi_hosts.py",
+    "backends/test_fault_points.py",
+    "mpi/test_mpirun_script_hosts.py",
+    "test_networks.py",
+    "ray/test_ray_jobs.py",
+    "test_chaos.py",
+    "mpi/test_mpi_memory.py",
+    "cli/test_cli_models.py",
+)
+"""The files that take longest, by turns such as compute and such as wait: `make test` runs two at a time."""
+
+
+def pytest_collection_modifyitems(items):
+    """Run long files first, so that at the end no core is idle while the other has a long one left.
+
+    `--no-loadscope-reorder` in the Makefile lets xdist keep this order; by itself it would begin with the
+    files of most tests, and those of Ray and MPI, with few long tests, would come last.
+    """
+    missing = [name for name in LONG_FILES if not (TESTS / name).exists()]
+    assert not missing, f"LONG_FILES in tests/conftest.py names what does not exist: {missing}"
+    places = {TESTS / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 class Job:
     """A `distbp` command that was started; everything that it left is ended when the test ends."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.soaking import REPOSITORY
 
-SHORT = ["--steps", "6000", "--seed", "3", "--kinds"]
+SHORT = ["--steps", "3000", "--seed", "3", "--kinds"]
 
 
 def chaos(*words):

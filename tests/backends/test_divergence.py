@@ -20,6 +20,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("bad_steps.py")
 BAD_SAMPLE, MICRO_BATCHES = 17, 12
 CASES = {"a poisoned sample": (BAD_SAMPLE, "0.1"), "a learning rate of 1e30": (None, "1e30")}
+POISONED, DIVERGING = CASES
+ONE_CASE = [POISONED, pytest.param(DIVERGING, marks=pytest.mark.slow)]
+"""Where a start takes seconds: what a backend does with such numbers does not depend on their origin."""
 
 
 def write_samples(path, poisoned):
@@ -93,7 +96,7 @@ def test_ranks_decide_alike(case, flavour, tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_CASE)
 def test_hosts_decide_alike(case, tmp_path):
     """On two hosts whoever speaks names the worker and the samples, also those of the other host."""
     from cluster.emulated import EmulatedCluster
@@ -119,7 +122,7 @@ def test_hosts_decide_alike(case, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_CASE)
 def test_actors_decide_alike(case, tmp_path):
     """The same on Ray."""
     prefix = Path(os.environ.get("RAY_PREFIX", REPOSITORY / ".venv-ray"))

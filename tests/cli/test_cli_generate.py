@@ -11,7 +11,7 @@ import pytest
 
 from .command_line import refuse, succeed
 
-TEXT = "the cat sat on the mat.\n" * 120
+TEXT = "the cat sat on the mat.\n" * 60
 
 
 @pytest.fixture(scope="module")

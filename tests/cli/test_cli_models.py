@@ -71,7 +71,7 @@ def test_train_evaluate_predict(name: str, tmp_path: Path) -> None:
     data = DATA.get(name, images)(tmp_path)
     options = [word for option in OPTIONS.get(name, []) for word in ("-o", option)]
     options += ["-o", f"model.name={name}", "-o", "train.max_steps=3", "-o", "data.validation_fraction=0.2"]
-    succeed("train", data, *options, "--nproc", 2, "--out", "run", cwd=tmp_path)
+    succeed("train", data, *options, "--nproc", 1, "--out", "run", cwd=tmp_path)
     found = json.loads(succeed("evaluate", "run", data, "--json", cwd=tmp_path))
     printed = succeed("predict", "run", data, "-o", "p.npy", cwd=tmp_path)
     predicted = np.load(tmp_path / "p.npy", allow_pickle=False)

@@ -65,7 +65,7 @@ def prefix_of(name):
 # ----- one host
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_all_ranks_give_one_report(mpi, ranks, tmp_path):
     """Any number of ranks gives one JSON document with launcher, library, ranks and cores, and no failure."""
     done = mpi.distbp(ranks, "doctor", "--json", "--out", tmp_path)
@@ -131,10 +131,11 @@ ODD_RANK = (
         ("os.environ['DISTBP_SEED'] = '5'", "settings.seed 0 and 5", "DISTBP_*"),
         ("os.environ['DISTBP_SEED'] = 'x'", "rank 1: environment DISTBP_SEED", "distbp config check"),
         ("os.environ['OPENBLAS_CORETYPE'] = 'Nehalem'", "blas.kernel", "OPENBLAS_CORETYPE"),
-        (
+        pytest.param(
             "os.environ['NPY_DISABLE_CPU_FEATURES'] = 'X86_V3 AVX2'",
             "cpu_features",
             "NPY_DISABLE_CPU_FEATURES",
+            marks=pytest.mark.slow,  # Compared as the kernel is.
         ),
     ],
 )
@@ -330,8 +331,15 @@ def test_hosts_are_compared_and_their_link_is_measured(hosts, flavour, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("out", ["/tmp", "/tmp/only-here"])
+@pytest.mark.parametrize(
+    ("flavour", "out"),
+    [
+        ("mpich", "/tmp"),
+        pytest.param("mpich", "/tmp/only-here", marks=pytest.mark.slow),
+        pytest.param("openmpi", "/tmp", marks=pytest.mark.slow),
+        ("openmpi", "/tmp/only-here"),
+    ],
+)
 def test_a_directory_that_hosts_do_not_share_fails(hosts, flavour, out, tmp_path):
     """Each host has a /tmp of its own: both the directory and one below it are refused, naming the host."""
     if out == "/tmp/only-here":

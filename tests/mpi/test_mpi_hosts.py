@@ -74,7 +74,7 @@ def train(hosts, flavour, slots, out, *options, arguments=OPTIONS):
 
 PLACEMENTS = [
     {"host0": 1, "host1": 1},
-    {"host0": 2, "host1": 2},
+    pytest.param({"host0": 2, "host1": 2}, marks=pytest.mark.slow),  # Scattered ranks are placed so, too.
     {"host0": 2, "host1": 1},
     {"host0": 1, "host1": 1, "host2": 1},
 ]

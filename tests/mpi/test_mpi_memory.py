@@ -18,7 +18,7 @@ from tests.mpi.conftest import REPOSITORY, launcher_rank, prefix_of
 
 pytestmark = pytest.mark.mpi
 
-STEPS = 1500
+STEPS = 1000
 OPTIONS = [
     "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", f"train.max_steps={STEPS}",
     "-o", "train.epochs=1000", "-o", "model.hidden=[64]", "-o", "run.verify_every=1",
@@ -76,7 +76,7 @@ def test_the_job_ends_with_69_and_the_next_start_goes_on(mpi, undisturbed, tmp_p
 def test_without_a_checkpoint_it_is_80(mpi, tmp_path):
     """Nothing to go back to: all ranks leave with 80."""
     out = tmp_path / "run"
-    options = [*OPTIONS, "-o", "checkpoint.every_steps=1400"]
+    options = [*OPTIONS, "-o", "checkpoint.every_steps=900"]
     parts = job_parts("digits", options, (2,))
     process = mpi.start(2, "-m", "distbp.cli.main", "train", "digits", *options, "--out", out)
     ranks = wait_until(lambda: (r := ranks_of(out)) and len(r) == 2 and r)

@@ -17,7 +17,7 @@ from tests.mpi.conftest import launcher_rank, on_rank
 pytestmark = pytest.mark.mpi
 
 OPTIONS = [
-    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.max_steps=300",
+    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.max_steps=200",
     "-o", "train.epochs=1000", "-o", "optimizer.clip_norm=2.0", "-o", "model.hidden=[64]",
     "-o", "run.log_samples=true",
 ]  # fmt: skip
@@ -62,7 +62,7 @@ def steps_of(out):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, 6])
 def test_any_number_of_ranks_gives_the_same_bits(mpi, ranks, undisturbed, tmp_path):
     """One to six ranks end in the bits of one worker without MPI."""
     done = mpi.distbp(ranks, "train", "digits", *OPTIONS, "--out", tmp_path / "run")
@@ -90,7 +90,7 @@ def test_a_script_runs_under_mpirun(mpi, tmp_path, distbp):
         ("sys.exit(3)", 3, ["rank 1 on host", "sys.exit(3)"]),
         ("os._exit(7)", None, []),
         ("os.kill(os.getpid(), signal.SIGKILL)", None, []),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", None, []),
+        pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", None, [], marks=pytest.mark.slow),
     ],
 )
 def test_trouble_on_one_rank_ends_the_job(mpi, trouble, code, words, tmp_path):
@@ -174,7 +174,7 @@ def test_ranks_that_differ_are_refused(mpi, change, named, tmp_path):
     ("arguments", "code", "words"),
     [
         (["digitz"], 66, "did you mean 'digits'"),
-        (["digits", "-o", "optimizer.lr=nan"], 2, "optimizer.lr"),
+        pytest.param(["digits", "-o", "optimizer.lr=nan"], 2, "optimizer.lr", marks=pytest.mark.slow),
         (["digits", "--no-such-option"], 2, "No such option"),
         (["digits", "--backend", "local"], 2, "cannot be used under a launcher"),
         (["digits", "--nproc", "2"], 2, "disagrees with the launcher"),

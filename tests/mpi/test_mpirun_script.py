@@ -17,7 +17,7 @@ pytestmark = pytest.mark.mpi
 
 ONCE = ("--restarts", "0")
 OPTIONS = [
-    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.max_steps=1000",
+    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.max_steps=700",
     "-o", "train.epochs=1000", "-o", "optimizer.clip_norm=2.0", "-o", "checkpoint.every_steps=50",
 ]  # fmt: skip
 REFUSED = "does not belong to the MPI library"
@@ -57,7 +57,9 @@ def checkpoints(out):
         ("sys.exit(3)", 3, ""),
         ("os._exit(3)", 69, "left with 3"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 69, "killed by signal 9"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", 69, "killed by signal 11"),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGSEGV)", 69, "killed by signal 11", marks=pytest.mark.slow
+        ),
         ("os.kill(os.getpid(), signal.SIGSTOP)", 69, "for which the others waited in vain"),
     ],
     ids=["exception", "sys.exit", "os._exit", "SIGKILL", "SIGSEGV", "SIGSTOP"],
@@ -78,7 +80,9 @@ def test_trouble_on_one_rank_has_a_code_and_a_culprit(script, trouble, code, how
     ("change", "named"),
     [
         ("os.environ['DISTBP_SEED'] = '5'", "seed 0 and 5"),
-        ("os.environ['OPENBLAS_CORETYPE'] = 'Nehalem'", "environment.blas.kernel"),
+        pytest.param(
+            "os.environ['OPENBLAS_CORETYPE'] = 'Nehalem'", "environment.blas.kernel", marks=pytest.mark.slow
+        ),
     ],
     ids=["configuration", "kernel"],
 )
@@ -96,7 +100,8 @@ def test_a_rank_that_differs_is_named(script, change, named, tmp_path):
     ended.check_clean()
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+# Rank 2 is killed above; rank 0 is the one that stores.
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_replaced_by_a_new_start(script, victim, undisturbed, tmp_path):
     """After kill -9 the job starts again from its last checkpoint and ends in the bits of one worker."""
     out = tmp_path / "run"
@@ -133,7 +138,13 @@ def launchers(job):
 
 
 @pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=lambda v: str(v)
+    ("sent", "code"),
+    [
+        (signal.SIGUSR1, 75),
+        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow),  # Handled by the same words as SIGUSR1.
+        (signal.SIGINT, 130),
+    ],
+    ids=lambda v: str(v),
 )
 def test_a_signal_saves_and_stops(script, sent, code, undisturbed, distbp, tmp_path):
     """SIGUSR1 and SIGTERM end with 75, Ctrl-C with 130; the checkpoint leads to the bits of one worker."""

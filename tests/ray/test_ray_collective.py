@@ -33,6 +33,8 @@ LAYOUTS = {
     "split": [[0, 3], [1, 2]],
 }
 ACROSS = [name for name, layout in LAYOUTS.items() if len(layout) > 1]
+NEIGHBOURS = ("1", "4", "1+1+1", "1+3", "split")
+"""Layouts whose large arrays take the ways that those of other layouts take."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,10 @@ def test_every_operation_on_small_arrays(driver, found, layout):
         found[layout] = [digest for _, _, digest in results]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow) if name in NEIGHBOURS else name for name in LAYOUTS],
+)
 def test_every_operation_on_large_arrays(driver, found, layout):
     """The same for arrays that pass through memory in several pieces, and over several lanes."""
     dtypes = ["f4", "i1"] if layout in ("2", "2+2") else ["f4"]
