@@ -17,7 +17,7 @@ pytestmark = pytest.mark.mpi
 
 ONCE = ("--restarts", "0")
 OPTIONS = [
-    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.max_steps=700",
+    "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.max_steps=1000",
     "-o", "train.epochs=1000", "-o", "optimizer.clip_norm=2.0", "-o", "checkpoint.every_steps=50",
 ]  # fmt: skip
 REFUSED = "does not belong to the MPI library"

@@ -25,7 +25,7 @@ OPTIONS = [
     "-o", "train.batch_size=96", "-o", "train.micro_batch=8", "-o", "train.epochs=10000",
     "-o", "optimizer.clip_norm=2.0", "-o", "model.hidden=[64]",
 ]  # fmt: skip
-LONG_STEPS = 800
+LONG_STEPS = 1000
 SHORT = [*OPTIONS, "-o", "train.max_steps=40"]
 LONG = [
     *OPTIONS,
