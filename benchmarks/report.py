@@ -85,6 +85,7 @@ SECTIONS = {
         ),
     ),
     "sameness": Section("The price of sameness", ("-m", "benchmarks.sameness"), tables.sameness),
+    "diagnosis": Section("The price of diagnosis", ("-m", "benchmarks.diagnosis"), tables.plain()),
     "gemm": Section("Products", ("-m", "distbp.cli.main", "bench", "gemm"), tables.plain()),
     "memory": Section("Memory", ("-m", "distbp.cli.main", "bench", "memory"), tables.plain()),
     "barrier": Section("The barrier", ("-m", "distbp.cli.main", "bench", "barrier"), tables.plain()),
