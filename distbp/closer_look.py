@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from distbp.arena import Arena
 from distbp.exchange import Piece
 from distbp.job import ENTROPY, LOSS, SQUARES, WEIGHT, Job, epoch_ends_at
-from distbp.leaf import Leaf
+from distbp.leaf import Leaf, LeafInPieces
 from distbp.metrics import noise
 from distbp.nn import Sums
 from distbp.nn.inactive import inactive_units
@@ -92,6 +92,10 @@ class CloserLook:
 
     def measured(self, leaf: Leaf) -> Leaf:
         """Return a leaf that also adds up the squares of what it writes for the measured micro-batches."""
+        if isinstance(leaf, LeafInPieces):
+            for number in self._measured:
+                self._squares[number] += leaf.square(number)
+            return leaf
 
         def write(low: int, high: int, out: Array) -> None:
             leaf(low, high, out)

@@ -37,5 +37,9 @@ class LeafInPieces(ABC):
         """Return pieces that cover the matrix, of `most` elements or fewer; none: better whole."""
 
     @abstractmethod
+    def square(self, number: int) -> float:
+        """Return the sum of squares of the gradient of local micro-batch `number`, without making it."""
+
+    @abstractmethod
     def write(self, piece: Piece, lo: int, hi: int, out: NDArray[Any]) -> None:
         """Write one piece of the gradients, shape (hi - lo, rows, columns)."""

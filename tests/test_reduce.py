@@ -70,6 +70,10 @@ class InPieces(LeafInPieces):
         )
         return list(itertools.product(*cuts))
 
+    def square(self, number):
+        """Return the sum of squares of a leaf."""
+        return float(np.square(self.leaves[self.start + number]).sum())
+
     def write(self, piece, low, high, out):
         """Write one piece of some leaves."""
         self.told.append((piece, low, high))

@@ -15,7 +15,7 @@ import numpy as np
 from distbp.errors import ConfigError
 from distbp.nn import initial as start
 from distbp.nn.layer import Array, Context, Initial, Layer, Parameter, Shape
-from distbp.nn.product import TransposeTimesRows, rows_times_matrix, rows_times_transpose, sum_of_rows
+from distbp.nn.product import gradient_of_weights, rows_times_matrix, rows_times_transpose, sum_of_rows
 
 __all__ = ["Linear"]
 
@@ -81,7 +81,7 @@ class Linear(Layer):
         dy_GbO = self._dy_GbO = self._rows(dy)
         if self.has_bias:
             self.bias.collect(self._bias_leaf)
-        self.weight.collect(TransposeTimesRows(self._x_GbI, dy_GbO))
+        self.weight.collect(gradient_of_weights(self._x_GbI, dy_GbO))
         if not want_dx:
             return None
         dx_GbI = self.buffer("dx", self._x_GbI.shape, dy_GbO.dtype)

@@ -22,7 +22,7 @@ import functools
 
 import numpy as np
 
-from distbp.leaf import LeafInPieces, Piece
+from distbp.leaf import Leaf, LeafInPieces, Piece
 from distbp.nn.layer import Array
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "columns_transpose_times",
     "cut_product",
     "forget_probes",
+    "gradient_of_weights",
     "keeps_bits",
     "rows_at_once",
     "rows_times_matrix",
@@ -47,7 +48,7 @@ ENOUGH_ROWS = 256
 """Rows with which a product is about as fast as it becomes."""
 
 FEW_ROWS = 32
-"""Rows up to which a gradient of weights is better made in pieces."""
+"""Rows up to which gradients of weights are better made in pieces: with more, the product takes the time."""
 
 PIECE_COLUMNS = 512
 """Columns of such a piece, where BLAS allows."""
@@ -111,9 +112,16 @@ def keeps_bits(G: int, b: int, K: int, N: int, dtype: str, transposed: bool) -> 
     return True
 
 
-def transpose_times_rows(x_GbI: Array, dy_GbO: Array, out_GIO: Array) -> Array:
-    """Write xᵀ dy of every micro-batch into `out_GIO`, one matrix for each, and return it."""
-    return np.matmul(x_GbI.mT, dy_GbO, out=out_GIO)
+def transpose_times_rows(x_GbI: Array, dy_GbO: Array, out_GIO: Array) -> None:
+    """Write xᵀ dy of every micro-batch into `out_GIO`, one matrix for each."""
+    np.matmul(x_GbI.mT, dy_GbO, out=out_GIO)
+
+
+def gradient_of_weights(x_GbI: Array, dy_GbO: Array) -> Leaf:
+    """Return xᵀ dy of every micro-batch as a leaf; in pieces, if there are few rows."""
+    if x_GbI.shape[1] > FEW_ROWS:
+        return lambda lo, hi, out: transpose_times_rows(x_GbI[lo:hi], dy_GbO[lo:hi], out)
+    return TransposeTimesRows(x_GbI, dy_GbO)
 
 
 class TransposeTimesRows(LeafInPieces):
@@ -129,6 +137,12 @@ class TransposeTimesRows(LeafInPieces):
     def __call__(self, lo: int, hi: int, out_GIO: Array) -> None:
         """Write the products of micro-batches `[lo, hi)`."""
         transpose_times_rows(self._x_GbI[lo:hi], self._dy_GbO[lo:hi], out_GIO)
+
+    def square(self, number: int) -> float:
+        """Return Σ_io (Σ_n x_ni dy_no)² = Σ_nm (x_n · x_m) (dy_n · dy_m): b² numbers in place of I O."""
+        x_bI, dy_bO = self._x_GbI[number], self._dy_GbO[number]
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(np.vdot((x_bI @ x_bI.T).astype(np.float64), (dy_bO @ dy_bO.T).astype(np.float64)))
 
     def pieces(self, most: int) -> tuple[Piece, ...]:
         """Return pieces of at most `most` elements in which the product has the bits of the whole, if any."""
@@ -146,11 +160,8 @@ def cut_product(b: int, width: int, outputs: int, dtype: str, most: int) -> tupl
 
     No piece has more than `most` elements.  Tried with random numbers of the whole precision, every piece:
     cuts that suit the kernels for small matrices, or else whole rows by the dozen: kernels for AVX2 walk
-    through rows by 12, and the bits depend on where a row stands in its dozen.  With more than `FEW_ROWS`
-    rows the product itself takes so long that nothing is gained.
+    through rows by 12, and the bits depend on where a row stands in its dozen.
     """
-    if b > FEW_ROWS:
-        return ()
     columns = -(-outputs // -(-outputs // PIECE_COLUMNS))
     rows = min(SMALL_PRODUCT // b, most) // columns
     cuts = [(rows // 16 * 16, columns), (most // outputs // 12 * 12, outputs)]

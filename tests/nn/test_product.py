@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from distbp.leaf import LeafInPieces
 from distbp.nn import product
 
 SHAPES = [
@@ -133,4 +134,22 @@ def test_a_single_bit_is_enough_to_leave_a_gradient_whole(monkeypatch):
 def test_small_gradients_and_many_rows_stay_whole():
     """One piece is no cut, and with many rows the product itself is what takes the time."""
     assert product.cut_product(8, 64, 64, "f", 1 << 16) == ()
-    assert product.cut_product(product.FEW_ROWS + 1, 4096, 512, "f", 1 << 16) == ()
+    for rows in (product.FEW_ROWS, product.FEW_ROWS + 1):
+        leaf = product.gradient_of_weights(np.ones((2, rows, 4)), np.ones((2, rows, 3)))
+        assert isinstance(leaf, LeafInPieces) == (rows <= product.FEW_ROWS)
+        gradients = np.empty((2, 4, 3))
+        leaf(0, 2, gradients)
+        assert (gradients == rows).all()
+
+
+def test_the_square_of_a_gradient_is_known_without_it():
+    """The sum of squares by products of rows is that of the gradient itself."""
+    random = np.random.default_rng(3)
+    x, dy = (random.standard_normal((3, 16, width)).astype(np.float32) for width in (300, 200))
+    leaf = product.TransposeTimesRows(x, dy)
+    whole = np.empty((3, 300, 200), np.float32)
+    leaf(0, 3, whole)
+    for number in range(3):
+        assert leaf.square(number) == pytest.approx(
+            np.square(whole[number], dtype=np.float64).sum(), rel=1e-5
+        )
