@@ -5,6 +5,8 @@ Only what can decide about bits, or what a person needs to repeat the run, is li
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import math
 import os
@@ -13,7 +15,13 @@ from typing import Any
 
 from distbp.cgroups import cpu_quota
 
-__all__ = ["available_cores", "describe_environment", "limit_threads", "thread_variables"]
+__all__ = [
+    "available_cores",
+    "describe_environment",
+    "limit_threads",
+    "return_freed_memory",
+    "thread_variables",
+]
 
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
@@ -35,6 +43,12 @@ def limit_threads(threads: int) -> Any:
     import threadpoolctl
 
     return threadpoolctl.threadpool_limits(threads, user_api="blas")
+
+
+def return_freed_memory() -> None:
+    """Give back what was freed and the C library keeps for later; only glibc has a call for that."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -134,6 +134,7 @@ def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
         run_name,
     )
     from distbp.cli.outcome import describe_plan, report
+    from distbp.environment import return_freed_memory
     from distbp.run_directory import RunDirectory
 
     config = completed(config, prepared)
@@ -157,6 +158,7 @@ def train(config: Config, prepared: Prepared, *, dry_run: bool) -> int:
             return report(Path(out), prepared.validation)
         packed = pack_job(config, prepared, out)
         prepared = packed_data(packed)
+        return_freed_memory()
         code = run_local(config, nproc, packed, (run, admission))
     finally:
         run.close()
