@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,9 @@ def measure_memory(workload: Workload, folder: Path, torch_python: str) -> dict[
     for peer, micro_batch in (("distbp b/2", workload.batch // 2), ("distbp b/8", None)):
         words = [*train_words(str(data), folder), *options(workload, MEMORY_STEPS, micro_batch)]
         peaks[peer] = peak_of(start(words, folder)) / 1e6
-    peaks["ddp"] = peak_of(*start_ddp(workload, data, folder, torch_python)) / 1e6
+    peaks["ddp"] = (
+        peak_of(*start_ddp(workload, data, folder, torch_python), found=folder / "found.json") / 1e6
+    )
     data.unlink()
     print(peaks, file=sys.stderr, flush=True)
     return peaks
@@ -90,7 +93,7 @@ def start_ddp(workload: Workload, data: Path, folder: Path, python: str) -> list
     return [start(words, folder, other_environment(folder, rank, 2, 1)) for rank in range(2)]
 
 
-def peak_of(*processes: subprocess.Popen) -> float:
+def peak_of(*processes: subprocess.Popen, found: Path | None = None) -> float:
     """Most bytes that the processes and all their children had at one time; they must end well."""
     most, until = 0, time.monotonic() + RUN_TIMEOUT_S
     while any(process.poll() is None for process in processes):
@@ -99,10 +102,18 @@ def peak_of(*processes: subprocess.Popen) -> float:
         if time.monotonic() > until:
             raise SystemExit(f"{processes[0].args}: still running after {RUN_TIMEOUT_S} s")
         time.sleep(SAMPLE_EVERY_S)
-    for process in processes:
-        if process.returncode:
-            raise SystemExit(f"{process.args}: exit code {process.returncode}")
+    refuse_failed(processes, found)
     return most
+
+
+def refuse_failed(processes: Sequence[subprocess.Popen], found: Path | None = None) -> None:
+    """Wait for processes; end with an error if one failed before it wrote what it had `found`.
+
+    Gloo now and then aborts when a job of it is over ("terminate called without an active exception").
+    """
+    for process in processes:
+        if process.wait(RUN_TIMEOUT_S) and not (found is not None and found.exists()):
+            raise SystemExit(f"{process.args}: exit code {process.returncode}")
 
 
 def descendants(roots: set[int]) -> set[int]:
@@ -143,9 +154,7 @@ def measure_times(folder: Path, torch_python: str, rounds: int) -> list[dict[str
         times["distbp train digits"].append(seconds_to_first_step(folder))
         begun = time.time()
         processes = start_ddp(model, digits, folder, torch_python)
-        for process in processes:
-            if process.wait(RUN_TIMEOUT_S):
-                raise SystemExit(f"{process.args}: exit code {process.returncode}")
+        refuse_failed(processes, folder / "found.json")
         found = json.loads((folder / "found.json").read_text())
         times["the same with ddp"].append(found["first_step_at"] - begun)
         begun = time.time()
