@@ -80,7 +80,7 @@ faults: $(TESTABLE)  ## the long form of every fault of docs/FAULTS.md, with fig
 TORCH ?=
 BENCH_ARGS ?=
 
-bench: $(TESTABLE)  ## measure, and write docs/BENCHMARKS.md: make bench TORCH=/tmp/venv-torch/bin/python
+bench: $(TESTABLE)  ## measure, and write docs/BENCHMARKS.md: make bench TORCH=PYTHON
 	$(BIN)/python -m benchmarks.report $(if $(TORCH),--torch $(TORCH)) $(BENCH_ARGS)
 
 clean:  ## remove .venv, caches and build products; runs stay

@@ -144,7 +144,7 @@ def shown_command(section: Section, quick: bool) -> str:
     """The command of a section as one types it."""
     words = " ".join(shlex.quote(word) for word in section.words) + (" --quick" if quick else "")
     words = words.replace("-m distbp.cli.main", "distbp") if "distbp.cli.main" in words else f"python {words}"
-    words = words.replace("TORCH", "/tmp/venv-torch/bin/python")
+    words = words.replace("TORCH", "PYTHON")
     return words if section.as_it_is else f"env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE {words}"
 
 
