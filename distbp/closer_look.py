@@ -91,7 +91,10 @@ class CloserLook:
         return range(step // _LEAST_STEPS % self._stride, self._job.micro_batches, self._stride)
 
     def measured(self, leaf: Leaf) -> Leaf:
-        """Return a leaf that also adds up the squares of what it writes for the measured micro-batches."""
+        """Return a leaf, and see that the squares of the measured micro-batches are added up.
+
+        A leaf that knows them without its gradients is asked; of others, what they write is measured.
+        """
         if isinstance(leaf, LeafInPieces):
             for number in self._measured:
                 self._squares[number] += leaf.square(number)

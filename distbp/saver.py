@@ -3,8 +3,9 @@
 A save has two parts.  The copy is made by the calling worker between two steps, so that the checkpoint of
 step s is complete in memory before this worker takes part in the next step; nobody can overwrite that
 generation before everybody has (`arena.py`).  It costs one pass through memory and is all that training waits
-for.  Checking, hashing, writing and fsync run on a thread beside the training, in blocks of 1 MiB, for which
-NumPy, zlib, hashlib and the system calls let go of the interpreter.
+for.  Behind the last step nobody writes a generation any more, and that state is not copied.  Checking,
+hashing, writing and fsync run on a thread beside the training, in blocks of 1 MiB, for which NumPy, zlib,
+hashlib and the system calls let go of the interpreter.
 
 The thread gives way.  After each block it sleeps until it has used no more than `CORE_SHARE` of one core
 since the block began (`Pace`).  Without this it would take half of a core from a worker, and all the others

@@ -10,6 +10,10 @@ where a probe shows that it has the same bits (`keeps_bits`), as with many shape
 and with hardly any on others.  Every process probes for itself: what it computes is the same in either case.
 No layer calls `np.matmul`.
 
+Gradients of large weights from few rows are cut the other way, into pieces of the result that stay in the
+cache until all micro-batches are added (`TransposeTimesRows`); a probe finds a cut with the bits of the
+whole product (`cut_product`), or there is none.
+
 Columns of convolutions (columns.py) go the other way: one sample has thousands of rows, and a product is cut
 into equal stacks of rows where that makes each small enough for the kernels that BLAS has for small
 matrices.  These pack nothing; on 16 and 32 channels they were 1.2 to 1.6 times as fast.  The cut depends on
